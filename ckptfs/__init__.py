@@ -1,0 +1,1 @@
+"""A virtual machine's memory as a file system you can checkpoint with ``echo save > ctl``."""
