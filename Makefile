@@ -1,0 +1,42 @@
+# Every target first makes the machine ready: .ci/install takes a moment when nothing is missing.
+
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+PREFIX ?= /usr/local
+
+.PHONY: all ready demo test lint fmt bench install uninstall clean
+
+all: ready
+
+ready:
+	@.ci/install
+
+# A guest's memory as files, a save, a lazy restore: told step by step.
+demo: ready
+	@examples/demo
+
+test: lint
+	pytest
+
+lint: ready
+	ruff check .
+	ruff format --check .
+	mypy
+	lint-imports
+
+fmt: ready
+	ruff check --fix .
+	ruff format .
+
+bench: ready
+	python -m tests.benchmarks
+
+# The program in $(PREFIX), and mount(8)'s helper in /sbin: see mount-helpers/README.md. DESTDIR is honoured.
+install: ready
+	mount-helpers/install "$(DESTDIR)" "$(PREFIX)"
+
+uninstall:
+	mount-helpers/uninstall "$(DESTDIR)" "$(PREFIX)"
+
+clean:
+	rm -rf --one-file-system .venv .cache build *.egg-info .*_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
