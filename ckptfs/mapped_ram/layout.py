@@ -1,0 +1,198 @@
+"""Laying out a mapped-ram file as QEMU does, by ``mapped_ram_setup_ramblock`` in ``migration/ram.c`` (10.0).
+
+An image says what goes into the file beside bitmaps and pages; its layout says where everything goes. The
+only liberty: the RAM section has its START and END, and no PART or command between them, which would hold
+nothing.
+"""
+
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ckptfs.errors import CheckpointError
+from ckptfs.mapped_ram.bitmap import Byteorder, bitmap_length
+from ckptfs.mapped_ram.checkpoint import HEADER_LENGTH, HEADER_VERSION, Checkpoint
+from ckptfs.mapped_ram.ramblock import RAMBlock
+from ckptfs.mapped_ram.stream import (
+    DEFAULT_PAGE_SIZE,
+    EOF,
+    MAPPED_RAM,
+    SECTION_END,
+    encode_block,
+    encode_eos,
+    encode_footer,
+    encode_idstr,
+    encode_ram_section,
+    encode_ram_start,
+    encode_stream_header,
+    encode_target_page_bits,
+    encode_vmdescription,
+)
+
+ALIGNMENT = 0x100000
+"""QEMU aligns each block's pages to 1 MiB of the file; loading needs only the page size."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """A mapped-ram file's metadata.
+
+    ``blocks`` are idstr and used_length in stream order. ``subsections`` are verbatim configuration
+    subsections, without the capabilities (always just mapped-ram). ``setup`` holds the early FULL sections,
+    and ``device_state`` everything after the RAM section: sections, EOF, VMDESCRIPTION; both verbatim.
+    """
+
+    machine: str
+    subsections: tuple[bytes, ...]
+    ram_section_id: int
+    blocks: tuple[tuple[str, int], ...]
+    page_size: int
+    setup: bytes
+    device_state: bytes
+    footers: bool = True
+    bitmap_byteorder: Byteorder = "little"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where an image's parts go: file offsets and bytes in ``extents``, pages and bitmaps by ``blocks``.
+
+    The file is ``end_offset`` bytes long, and a hole wherever nothing is put.
+    """
+
+    extents: list[tuple[int, bytes]]
+    blocks: tuple[RAMBlock, ...]
+    end_offset: int
+
+    @property
+    def header(self) -> tuple[int, bytes]:
+        """The first extent: a file without it is plainly no migration stream, so it may be written last."""
+        return self.extents[0]
+
+
+def layout(image: Image, stream_offset: int = 0, alignment: int = ALIGNMENT) -> Layout:
+    """Lay the image out in a file, its stream beginning at ``stream_offset``.
+
+    Every block's pages begin at a multiple of ``alignment`` (itself a multiple of the page size) of the file.
+    """
+    extents: list[tuple[int, bytes]] = []
+    blocks: list[RAMBlock] = []
+    extent_offset = stream_offset
+    extent = encode_stream_header(image.machine, image.subsections, [MAPPED_RAM])
+    extent += encode_ram_start(image.ram_section_id, sum(used_length for _, used_length in image.blocks))
+    for idstr, used_length in image.blocks:
+        entry = extent + encode_block(idstr, used_length)
+        header_offset = extent_offset + len(entry)
+        bitmap_offset = header_offset + HEADER_LENGTH
+        pages_offset = _round_up(bitmap_offset + bitmap_length(used_length // image.page_size), alignment)
+        extents.append(
+            (extent_offset, entry + encode_block_header(image.page_size, bitmap_offset, pages_offset))
+        )
+        block = RAMBlock(
+            idstr, used_length, image.page_size, pages_offset, bitmap_offset, None, header_offset
+        )
+        blocks.append(block)
+        extent_offset, extent = pages_offset + used_length, b""
+    extent += encode_eos() + encode_footer(image.ram_section_id, footers=image.footers)
+    extent += image.setup
+    extent += encode_ram_section(SECTION_END, image.ram_section_id, footers=image.footers)
+    extent += image.device_state
+    extents.append((extent_offset, extent))
+    return Layout(extents, tuple(blocks), extent_offset + len(extent))
+
+
+def image_of(checkpoint: Checkpoint, setup: bytes, device_state: bytes) -> Image:
+    """The image that makes the same checkpoint again.
+
+    ``setup`` and ``device_state`` are what the file holds there. Where the checkpoint's capabilities are not
+    just mapped-ram, its vmdesc is changed to say so, for tools' sake (QEMU does not read it).
+    """
+    if checkpoint.capabilities != (MAPPED_RAM,):
+        device_state = _with_mapped_ram(device_state, checkpoint)
+    return Image(
+        machine=checkpoint.machine,
+        subsections=checkpoint.subsections,
+        ram_section_id=checkpoint.ram_section_id,
+        blocks=tuple((block.idstr, block.used_length) for block in checkpoint.blocks),
+        page_size=checkpoint.page_size,
+        setup=setup,
+        device_state=device_state,
+        footers=checkpoint.footers,
+        bitmap_byteorder=checkpoint.bitmap_byteorder,
+    )
+
+
+def empty_image(blocks: Sequence[tuple[str, int]], page_size: int = DEFAULT_PAGE_SIZE) -> Image:
+    """The image of a guest without a machine: RAM alone. ``blocks`` are idstr and used_length.
+
+    Raises CheckpointError for a block that no migration file can hold.
+    """
+    for idstr, used_length in blocks:
+        if not 0 < len(encode_idstr(idstr)) <= 255:
+            raise CheckpointError(f"RAM block name {idstr!r} is not 1 to 255 bytes long")
+        if used_length % page_size:
+            raise CheckpointError(f"RAM block {idstr!r}: {used_length} is not a multiple of {page_size}")
+    machine = "none"
+    vmdesc = {"configuration": _describe_configuration(machine), "page_size": page_size, "devices": []}
+    return Image(
+        machine=machine,
+        subsections=() if page_size == DEFAULT_PAGE_SIZE else (encode_target_page_bits(page_size),),
+        ram_section_id=1,
+        blocks=tuple(blocks),
+        page_size=page_size,
+        setup=b"",
+        device_state=bytes([EOF]) + encode_vmdescription(json.dumps(vmdesc).encode()),
+    )
+
+
+def encode_block_header(page_size: int, bitmap_offset: int, pages_offset: int) -> bytes:
+    """QEMU's ``MappedRamHeader``, 28 bytes; offsets are absolute in the file."""
+    return struct.pack(">IQQQ", HEADER_VERSION, page_size, bitmap_offset, pages_offset)
+
+
+def _with_mapped_ram(device_state: bytes, checkpoint: Checkpoint) -> bytes:
+    """The same device state, with capability mapped-ram alone in its vmdesc (which lists them since 9.2)."""
+    if checkpoint.vmdesc is None or checkpoint.vmdesc_offset is None:
+        return device_state
+    described = checkpoint.vmdesc.get("configuration")
+    if not isinstance(described, dict):
+        return device_state
+    configuration = _describe_configuration(checkpoint.machine)
+    subsections = described.get("subsections")
+    for other in subsections if isinstance(subsections, list) else []:
+        match other:
+            case {"vmsd_name": "configuration/target-page-bits"}:
+                configuration["subsections"].insert(0, other)
+            case {"vmsd_name": "configuration/uuid"}:
+                configuration["subsections"].append(other)
+    vmdesc = {**checkpoint.vmdesc, "configuration": configuration}
+    start = checkpoint.vmdesc_offset - checkpoint.device_state_offset
+    return device_state[:start] + encode_vmdescription(json.dumps(vmdesc).encode())
+
+
+def _describe_configuration(machine: str) -> dict[str, Any]:
+    """The vmdesc's entry of a configuration section with capability mapped-ram (QEMU 9.2 and later)."""
+    return {
+        "vmsd_name": "configuration",
+        "version": 1,
+        "fields": [
+            {"name": "len", "type": "uint32", "size": 4},
+            {"name": "name", "type": "buffer", "size": len(encode_idstr(machine))},
+        ],
+        "subsections": [
+            {
+                "vmsd_name": "configuration/capabilities",
+                "version": 1,
+                "fields": [
+                    {"name": "caps_count", "type": "uint32", "size": 4},
+                    {"name": "capabilities", "type": "capability", "size": 1 + len(MAPPED_RAM)},
+                ],
+            }
+        ],
+    }
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
