@@ -1,0 +1,162 @@
+"""Multifd channels: N descriptors on one backing file, each carrying one payload at a time.
+
+A payload is opaque (QEMU 9.2 made multifd's so): a function that is given the channel and does its own
+positional I/O in a worker thread. The channel knows its descriptor, the limit of threads and who goes first.
+
+All channels are created before any carries a payload, and a failure on the way closes those that were made
+(QEMU's leak fixes, migration/file.c). A descriptor is closed only when no thread is inside a payload with it:
+a number that is closed too early can be handed out again and the thread would write into another file.
+"""
+
+import contextlib
+import math
+import os
+from collections import deque
+from collections.abc import Callable
+from typing import TypeVar
+
+import trio
+
+from ckptfs.channels.backing_file import DirectIO, open_pages_descriptor, pread_exactly, pwritev_all
+from ckptfs.errors import StorageError
+
+T = TypeVar("T")
+
+BACKING_DEADLINE = 60.0
+"""Seconds after which an I/O on the backing storage counts as failed: a reader of RAM can't be interrupted."""
+
+
+class Channel:
+    """One descriptor for pages. Its methods block: they are called by payloads, in worker threads."""
+
+    def __init__(self, fd: int, direct_io: bool) -> None:
+        self._fd = fd
+        self.direct_io = direct_io
+
+    def pread_exactly(self, buffer: memoryview, file_offset: int) -> None:
+        """Fill ``buffer`` from ``file_offset`` on; StorageError or OSError if that can't be done."""
+        pread_exactly(self._fd, buffer, file_offset)
+
+    def pwritev_all(self, views: list[memoryview], file_offset: int) -> None:
+        """Write ``views`` from ``file_offset`` on; StorageError or OSError if that can't be done."""
+        pwritev_all(self._fd, views, file_offset)
+
+    def close(self) -> None:
+        """Close the descriptor."""
+        os.close(self._fd)
+
+
+class Channels:
+    """A fixed number of channels, handed to the next payload in line; urgent payloads go first."""
+
+    def __init__(self, channels: list[Channel], deadline: float = BACKING_DEADLINE) -> None:
+        self.direct_io = all(channel.direct_io for channel in channels)
+        self.channel_count = len(channels)
+        self._deadline = deadline
+        self._idle = list(channels)
+        self._urgent: deque[_Turn] = deque()
+        self._background: deque[_Turn] = deque()
+        self._limiter = trio.CapacityLimiter(math.inf)  # the channels themselves are the limit
+        self._closed = False
+
+    @classmethod
+    def open(
+        cls,
+        fd: int,
+        access: int,
+        direct_io: DirectIO,
+        channel_count: int,
+        deadline: float = BACKING_DEADLINE,
+    ) -> "Channels":
+        """Create ``channel_count`` channels on the file behind ``fd``, all or none (blocking)."""
+        with contextlib.ExitStack() as undo:
+            channels = []
+            for _ in range(channel_count):
+                channel = Channel(*open_pages_descriptor(fd, access, direct_io))
+                undo.callback(channel.close)
+                channels.append(channel)
+            undo.pop_all()
+        return cls(channels, deadline)
+
+    async def carry(self, payload: Callable[[Channel], T], *, urgent: bool = False) -> T:
+        """Run ``payload`` on the next idle channel, in a worker thread, and return what it returns.
+
+        Raises what the payload raises, and StorageError (EIO) when the backing storage gives no answer
+        before the deadline: the thread is then left to itself and its channel is out of service until it ends.
+        """
+        try:
+            with trio.fail_after(self._deadline):
+                channel = await self._next_idle(urgent)
+                return await self._run(payload, channel)
+        except trio.TooSlowError:
+            raise StorageError(f"the backing storage gave no answer in {self._deadline:g} s") from None
+
+    async def _run(self, payload: Callable[[Channel], T], channel: Channel) -> T:
+        trio_token = trio.lowlevel.current_trio_token()
+        duty = [channel]  # whoever pops it has to release the channel: list.pop is atomic
+
+        def run() -> T:
+            duty.pop()
+            try:
+                return payload(channel)
+            finally:
+                try:
+                    trio_token.run_sync_soon(self._release, channel)
+                except trio.RunFinishedError:
+                    channel.close()
+
+        try:
+            return await trio.to_thread.run_sync(run, abandon_on_cancel=True, limiter=self._limiter)
+        finally:
+            if duty:
+                # cancelled before the thread was started; if it is just starting, its pop fails instead
+                self._release(duty.pop())
+
+    async def _next_idle(self, urgent: bool) -> Channel:
+        if self._closed:
+            raise StorageError("the backing file was closed")
+        if self._idle:
+            return self._idle.pop()
+        turn = _Turn()
+        queue = self._urgent if urgent else self._background
+        queue.append(turn)
+        try:
+            await turn.come.wait()
+        except trio.Cancelled:
+            if turn.channel is not None:
+                self._release(turn.channel)
+            else:
+                queue.remove(turn)
+            raise
+        if turn.channel is None:
+            raise StorageError("the backing file was closed")
+        return turn.channel
+
+    def _release(self, channel: Channel) -> None:
+        queue = self._urgent or self._background
+        if self._closed:
+            channel.close()
+        elif queue:
+            turn = queue.popleft()
+            turn.channel = channel
+            turn.come.set()
+        else:
+            self._idle.append(channel)
+
+    def close(self) -> None:
+        """Close every idle channel now and every other one when its payload ends; waiters get an error."""
+        self._closed = True
+        for turn in (*self._urgent, *self._background):
+            turn.come.set()
+        self._urgent.clear()
+        self._background.clear()
+        while self._idle:
+            self._idle.pop().close()
+
+
+class _Turn:
+    """A place in the line for a channel; ``come`` is set with a channel, or without one when all is closed."""
+
+    def __init__(self) -> None:
+        self.come = trio.Event()
+        self.channel: Channel | None = None

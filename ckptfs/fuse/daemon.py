@@ -1,0 +1,66 @@
+"""The mount's life: from fork to umount.
+
+The caller of mount.ckptfs waits on a pipe until the daemon has either mounted and answers, or failed; so exit 0
+means that the mount is live, and an error text from inside the daemon reaches the caller's stderr.
+"""
+
+import contextlib
+import os
+import resource
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+EXIT_MOUNTED = 0
+
+
+class Starter:
+    """The daemon's end of the pipe to whoever waits for the mount; in the foreground there is nobody."""
+
+    def __init__(self, pipe: int | None) -> None:
+        self._pipe = pipe
+
+    def mounted(self) -> None:
+        """Tell the caller that the mount answers, and let go of his terminal."""
+        if self._pipe is None:
+            return
+        null = os.open(os.devnull, os.O_RDWR)
+        for descriptor in (0, 1, 2):
+            os.dup2(null, descriptor)
+        os.close(null)
+        os.write(self._pipe, bytes([EXIT_MOUNTED]))
+        os.close(self._pipe)
+
+    def failed(self, exit_code: int, message: str) -> NoReturn:
+        """Tell the caller why there is no mount, in one line, and end."""
+        print(f"mount.ckptfs: {message}", file=sys.stderr, flush=True)
+        if self._pipe is not None:
+            os.write(self._pipe, bytes([exit_code]))
+        os._exit(exit_code)
+
+
+def run_in_background(serve: Callable[[Starter], int]) -> int:
+    """Run ``serve`` in a daemon and return the exit code of mount.ckptfs once the mount is there, or is not."""
+    answer, pipe = os.pipe()
+    child = os.fork()
+    if child:
+        os.close(pipe)
+        code = os.read(answer, 1)
+        if code:
+            return code[0]
+        os.waitpid(child, 0)
+        print("mount.ckptfs: the daemon died before the mount was there", file=sys.stderr)
+        return 2
+    os.close(answer)
+    os.setsid()
+    os.chdir("/")  # a working directory would pin its file system, or be our own mount
+    os._exit(serve(Starter(pipe)))
+
+
+def harden() -> None:
+    """No core file may hold RAM, whatever happens; files that we make are for their owner alone."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    os.umask(0o077)
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

@@ -1,0 +1,77 @@
+"""Pages held in memory."""
+
+import mmap
+import os
+
+from ckptfs.mapped_ram.bitmap import PagesBitmap, Run
+
+_MOVE_LENGTH = 1 << 24
+
+
+class Layer:
+    """Some pages of a RAM block, held in a sparse memfd; ``present`` says which.
+
+    Written through the descriptor, so that a lack of memory is an errno and not a SIGBUS; read through a
+    mapping, so that pages go out by FUSE and by O_DIRECT without a copy.
+    """
+
+    def __init__(self, idstr: str, page_count: int, page_size: int) -> None:
+        self._page_size = page_size
+        self.present = PagesBitmap(page_count)
+        self._fd = os.memfd_create(f"ckptfs:{idstr[:200]}", os.MFD_CLOEXEC)
+        try:
+            os.ftruncate(self._fd, page_count * page_size)
+            self._memory = mmap.mmap(self._fd, page_count * page_size)
+        except BaseException:
+            os.close(self._fd)
+            raise
+        self._view = memoryview(self._memory)
+        self._memory.madvise(mmap.MADV_NOHUGEPAGE)
+        self._memory.madvise(mmap.MADV_DONTDUMP)
+
+    def store(self, block_offset: int, data: bytes | memoryview) -> None:
+        """Write ``data`` and mark its pages present; pages written in part must be present already.
+
+        Raises OSError (ENOSPC, ENOMEM) when memory runs out; nothing is marked then.
+        """
+        rest = memoryview(data)
+        position = block_offset
+        while rest:
+            count = os.pwrite(self._fd, rest, position)
+            position += count
+            rest = rest[count:]
+        self.present.set(block_offset // self._page_size, -(-position // self._page_size))
+
+    def view(self, start: int, stop: int) -> memoryview:
+        """Return the bytes of pages [start, stop), all of them present; no copy."""
+        return self._view[start * self._page_size : stop * self._page_size]
+
+    def discard(self, start: int, stop: int) -> None:
+        """Forget pages [start, stop) and give their memory back."""
+        self.present.clear(start, stop)
+        self._memory.madvise(mmap.MADV_REMOVE, start * self._page_size, (stop - start) * self._page_size)
+
+    def absorb_some(self, upper: "Layer") -> bool:
+        """Move up to 16 MiB of ``upper``'s pages into this layer; return whether any were left to move."""
+        budget = _MOVE_LENGTH // self._page_size
+        for run in _first_runs(upper.present, budget):
+            self.store(run.start * self._page_size, upper.view(*run))
+            upper.discard(*run)
+        return upper.present.any(0, upper.present.page_count)
+
+    def close(self) -> None:
+        """Give the memory back; views that are still out keep theirs until they die."""
+        os.close(self._fd)
+        self._view.release()
+        del self._memory
+
+
+def _first_runs(bitmap: PagesBitmap, budget: int) -> list[Run]:
+    """Return the first runs of set pages, ``budget`` pages at the most."""
+    runs = []
+    for run in bitmap.runs():
+        runs.append(Run(run.start, min(run.stop, run.start + budget)))
+        budget -= runs[-1].stop - runs[-1].start
+        if budget <= 0:
+            break
+    return runs

@@ -1,0 +1,205 @@
+"""Writing a checkpoint: what one epoch holds, through multifd channels, into a mapped-ram file.
+
+Every chunk of 256 pages is one payload: its pages come straight out of the memory that holds them or, where
+only the base has them, through a buffer; zero pages are found and left as holes; the rest goes out in runs.
+Bitmaps come last, as QEMU writes them, and the stream's header very last.
+"""
+
+import os
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import trio
+
+from ckptfs.channels.backing_file import DirectIO, pwrite_all
+from ckptfs.channels.channels import Channel, Channels
+from ckptfs.guest.base import Base
+from ckptfs.guest.block import BaseBlock, Content, PageStack, Segment
+from ckptfs.guest.layer import Layer
+from ckptfs.mapped_ram.bitmap import PagesBitmap, Run
+from ckptfs.mapped_ram.layout import Image, layout
+from ckptfs.migration.outgoing import coalesce, nonzero_pages, page_chunks
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """RAM as it was at one moment: one frozen stack a block, and the base below them."""
+
+    stacks: dict[str, PageStack]
+    base: Base | None
+
+
+@dataclass
+class Progress:
+    """Counts of a running save, in pages and bytes."""
+
+    total_pages: int = 0
+    normal_pages: int = 0
+    zero_pages: int = 0
+    remaining_pages: int = 0
+    transferred: int = 0
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    """The migration parameters that a save goes by."""
+
+    channel_count: int
+    direct_io: DirectIO
+    detect_zero_pages: bool
+    wait_for_bandwidth: Callable[[int], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """One payload: pages of one block, all inside one aligned window."""
+
+    idstr: str
+    runs: tuple[Run, ...]
+
+
+async def write_checkpoint(
+    fd: int, stream_offset: int, image: Image, epoch: Epoch, options: SaveOptions, progress: Progress
+) -> tuple[dict[str, BaseBlock], bool]:
+    """Write ``epoch`` into the empty file behind ``fd``; return its blocks and whether O_DIRECT was used.
+
+    Nothing is durable yet when this returns (`SaveTarget.publish`). Raises OSError or StorageError.
+    """
+    plan = layout(image, stream_offset)
+    blocks = {
+        block.idstr: BaseBlock(block.pages_offset or 0, PagesBitmap(block.page_count)) for block in plan.blocks
+    }
+    await trio.to_thread.run_sync(_write_extents, fd, plan.extents[1:])
+    channels = await trio.to_thread.run_sync(
+        Channels.open, fd, os.O_WRONLY, options.direct_io, options.channel_count
+    )
+    try:
+        with_data = {
+            idstr: stack.with_data(blocks[idstr].file_bmap.page_count) for idstr, stack in epoch.stacks.items()
+        }
+        progress.total_pages = sum(bitmap.page_count for bitmap in with_data.values())
+        progress.remaining_pages = sum(bitmap.count() for bitmap in with_data.values())
+        progress.zero_pages = progress.total_pages - progress.remaining_pages
+        chunks = (_Chunk(idstr, runs) for idstr, bitmap in with_data.items() for runs in page_chunks(bitmap))
+        async with trio.open_nursery() as nursery:
+            for _ in range(channels.channel_count):
+                nursery.start_soon(
+                    _write_chunks, chunks, channels, blocks, image.page_size, epoch, options, progress
+                )
+    finally:
+        channels.close()
+    bitmaps = [
+        (block.bitmap_offset or 0, blocks[block.idstr].file_bmap.to_bytes(image.bitmap_byteorder))
+        for block in plan.blocks
+    ]
+    await trio.to_thread.run_sync(_write_extents, fd, [*bitmaps, plan.extents[0]])
+    return blocks, channels.direct_io
+
+
+async def _write_chunks(
+    chunks: Iterator[_Chunk],
+    channels: Channels,
+    blocks: dict[str, BaseBlock],
+    page_size: int,
+    epoch: Epoch,
+    options: SaveOptions,
+    progress: Progress,
+) -> None:
+    """Carry chunks until none is left; as many of these tasks run as there are channels."""
+    for chunk in chunks:
+        pieces = await _pieces(chunk, page_size, epoch)
+        length = sum(len(view) for _, view in pieces)
+        await options.wait_for_bandwidth(length)
+        payload = partial(
+            _write_pieces,
+            pieces=pieces,
+            block=blocks[chunk.idstr],
+            page_size=page_size,
+            detect_zero_pages=options.detect_zero_pages,
+        )
+        normal_pages = await channels.carry(payload)
+        page_count = length // page_size
+        progress.normal_pages += normal_pages
+        progress.zero_pages += page_count - normal_pages
+        progress.remaining_pages -= page_count
+        progress.transferred += normal_pages * page_size
+
+
+async def _pieces(chunk: _Chunk, page_size: int, epoch: Epoch) -> list[tuple[int, memoryview]]:
+    """Return (first page, bytes) for all of a chunk, in order; what only the base has is read first."""
+    stack = epoch.stacks[chunk.idstr]
+    segments = [segment for run in chunk.runs for segment in stack.segments(*run)]
+    in_base = [segment for segment in segments if segment.source is Content.BASE]
+    window = memoryview(b"")
+    if in_base:
+        assert epoch.base is not None
+        window = await epoch.base.fetch(chunk.idstr, in_base[0].start, in_base[-1].stop, page_size, urgent=False)
+
+    def view(segment: Segment) -> memoryview:
+        if isinstance(segment.source, Layer):
+            return segment.source.view(segment.start, segment.stop)
+        first = in_base[0].start
+        return window[(segment.start - first) * page_size : (segment.stop - first) * page_size]
+
+    return [(segment.start, view(segment)) for segment in segments]
+
+
+def _write_pieces(
+    channel: Channel,
+    *,
+    pieces: list[tuple[int, memoryview]],
+    block: BaseBlock,
+    page_size: int,
+    detect_zero_pages: bool,
+) -> int:
+    """Write the pages that are not zero and mark them; return how many they were. Runs in a worker thread."""
+    normal_pages = 0
+    for batch in _contiguous(pieces, page_size):
+        for page, views in _runs_to_write(batch, page_size, detect_zero_pages):
+            channel.pwritev_all(views, block.pages_offset + page * page_size)
+            page_count = sum(map(len, views)) // page_size
+            block.file_bmap.set(page, page + page_count)
+            normal_pages += page_count
+    return normal_pages
+
+
+def _contiguous(pieces: list[tuple[int, memoryview]], page_size: int) -> Iterator[list[tuple[int, memoryview]]]:
+    """Group pieces that follow one another in the block, whatever memory they come from."""
+    group: list[tuple[int, memoryview]] = []
+    for page, view in pieces:
+        if group and group[-1][0] + len(group[-1][1]) // page_size != page:
+            yield group
+            group = []
+        group.append((page, view))
+    if group:
+        yield group
+
+
+def _runs_to_write(
+    batch: list[tuple[int, memoryview]], page_size: int, detect_zero_pages: bool
+) -> Iterator[tuple[int, list[memoryview]]]:
+    """Cut a contiguous batch into runs of pages to write: (first page, views)."""
+    if not detect_zero_pages:
+        yield batch[0][0], [view for _, view in batch]
+        return
+    run_start = run_stop = -1
+    views: list[memoryview] = []
+    for page, view in batch:
+        for run in coalesce(nonzero_pages(np.frombuffer(view, np.uint8), page_size)):
+            part = view[run.start * page_size : run.stop * page_size]
+            if page + run.start != run_stop and views:
+                yield run_start, views
+                views = []
+            if not views:
+                run_start = page + run.start
+            views.append(part)
+            run_stop = page + run.stop
+    if views:
+        yield run_start, views
+
+
+def _write_extents(fd: int, extents: list[tuple[int, bytes]]) -> None:
+    for file_offset, data in extents:
+        pwrite_all(fd, data, file_offset)

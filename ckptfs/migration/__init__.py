@@ -1,0 +1,1 @@
+"""What should happen, without doing it: states, parameters, addresses, plans. Pure: no I/O and no clock."""
