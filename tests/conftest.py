@@ -1,0 +1,91 @@
+"""For every test: nothing is skipped in CI, nothing is logged unannounced, stock QEMU is at hand."""
+
+import logging
+import os
+import re
+import shutil
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.qemu.guest import Guest, build_guest
+from tests.qemu.stock_checkpoint import StockCheckpoints
+
+# --- a test that CI skips has failed -----------------------------------------------------------------------
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if not hasattr(report, "wasxfail"):  # an expected failure is reported as skipped, too
+        _fail_if_skipped(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _fail_if_skipped(report)
+    return report
+
+
+def _fail_if_skipped(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if report.skipped and os.environ.get("CI"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, and CI is set: {report.longreprtext}"
+
+
+# --- a warning or a traceback in the log fails the test ---------------------------------------------------
+
+
+class _Alarms(logging.Handler):
+    """Keeps what is a warning or worse, or carries a traceback."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: list[logging.LogRecord] = []
+        self.expected: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING or record.exc_info:
+            self.records.append(record)
+
+
+@pytest.fixture(autouse=True)
+def _log_alarms() -> Iterator[_Alarms]:
+    alarms = _Alarms()
+    logging.getLogger().addHandler(alarms)
+    yield alarms
+    logging.getLogger().removeHandler(alarms)
+    texts = [f"{record.levelname} {record.name}: {record.getMessage()}" for record in alarms.records]
+    for pattern in alarms.expected:
+        assert any(re.search(pattern, text) for text in texts), f"nothing was logged that matches {pattern!r}"
+    unannounced = [text for text in texts if not any(re.search(pattern, text) for pattern in alarms.expected)]
+    assert not unannounced, "logged unannounced:\n" + "\n".join(unannounced)
+
+
+@pytest.fixture
+def expect_log(_log_alarms: _Alarms) -> Callable[[str], None]:
+    """`expect_log(PATTERN)` announces warnings and errors: they have to come, and any other fails the test.
+
+    PATTERN is searched for in "LEVEL LOGGER: MESSAGE".
+    """
+    return _log_alarms.expected.append
+
+
+# --- stock QEMU -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def guest_files(tmp_path_factory: pytest.TempPathFactory) -> Guest:
+    """Kernel and initrd of the tests' guest."""
+    return build_guest(tmp_path_factory.mktemp("guest"))
+
+
+@pytest.fixture(scope="session")
+def stock_checkpoint(guest_files: Guest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[StockCheckpoints]:
+    """`stock_checkpoint(multifd=4, direct_io=True)` is a checkpoint that stock QEMU wrote: see Variant."""
+    directory: Path = tmp_path_factory.mktemp("stock")
+    yield StockCheckpoints(guest_files, directory)
+    shutil.rmtree(directory)  # hundreds of MiB that pytest would keep
