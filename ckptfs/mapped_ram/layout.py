@@ -5,21 +5,18 @@ only liberty: the RAM section has its START and END, and no PART or command betw
 nothing.
 """
 
-import json
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from ckptfs.errors import CheckpointError
 from ckptfs.mapped_ram.bitmap import Byteorder, bitmap_length
-from ckptfs.mapped_ram.checkpoint import HEADER_LENGTH, HEADER_VERSION, Checkpoint
+from ckptfs.mapped_ram.checkpoint import Checkpoint, for_capabilities
+from ckptfs.mapped_ram.ram_section import HEADER_LENGTH, encode_block_header
 from ckptfs.mapped_ram.ramblock import RAMBlock
 from ckptfs.mapped_ram.stream import (
     DEFAULT_PAGE_SIZE,
-    EOF,
     MAPPED_RAM,
-    SECTION_END,
+    SectionType,
     encode_block,
     encode_eos,
     encode_footer,
@@ -28,8 +25,8 @@ from ckptfs.mapped_ram.stream import (
     encode_ram_start,
     encode_stream_header,
     encode_target_page_bits,
-    encode_vmdescription,
 )
+from ckptfs.mapped_ram.vmdesc import empty_vmdesc
 
 ALIGNMENT = 0x100000
 """QEMU aligns each block's pages to 1 MiB of the file; loading needs only the page size."""
@@ -87,30 +84,23 @@ def layout(image: Image, stream_offset: int = 0, alignment: int = ALIGNMENT) -> 
         header_offset = extent_offset + len(entry)
         bitmap_offset = header_offset + HEADER_LENGTH
         pages_offset = _round_up(bitmap_offset + bitmap_length(used_length // image.page_size), alignment)
-        extents.append(
-            (extent_offset, entry + encode_block_header(image.page_size, bitmap_offset, pages_offset))
-        )
-        block = RAMBlock(
-            idstr, used_length, image.page_size, pages_offset, bitmap_offset, None, header_offset
-        )
+        extents.append((extent_offset, entry + encode_block_header(image.page_size, bitmap_offset, pages_offset)))
+        block = RAMBlock(idstr, used_length, image.page_size, pages_offset, bitmap_offset, None, header_offset)
         blocks.append(block)
         extent_offset, extent = pages_offset + used_length, b""
     extent += encode_eos() + encode_footer(image.ram_section_id, footers=image.footers)
     extent += image.setup
-    extent += encode_ram_section(SECTION_END, image.ram_section_id, footers=image.footers)
+    extent += encode_ram_section(SectionType.END, image.ram_section_id, footers=image.footers)
     extent += image.device_state
     extents.append((extent_offset, extent))
     return Layout(extents, tuple(blocks), extent_offset + len(extent))
 
 
 def image_of(checkpoint: Checkpoint, setup: bytes, device_state: bytes) -> Image:
-    """The image that makes the same checkpoint again.
+    """The image that makes the same checkpoint again, whatever kind of stream it came from.
 
-    ``setup`` and ``device_state`` are what the file holds there. Where the checkpoint's capabilities are not
-    just mapped-ram, its vmdesc is changed to say so, for tools' sake (QEMU does not read it).
+    ``setup`` and ``device_state`` are ``read_setup`` and ``read_device_state`` of it.
     """
-    if checkpoint.capabilities != (MAPPED_RAM,):
-        device_state = _with_mapped_ram(device_state, checkpoint)
     return Image(
         machine=checkpoint.machine,
         subsections=checkpoint.subsections,
@@ -118,7 +108,7 @@ def image_of(checkpoint: Checkpoint, setup: bytes, device_state: bytes) -> Image
         blocks=tuple((block.idstr, block.used_length) for block in checkpoint.blocks),
         page_size=checkpoint.page_size,
         setup=setup,
-        device_state=device_state,
+        device_state=for_capabilities(device_state, checkpoint, (MAPPED_RAM,)),
         footers=checkpoint.footers,
         bitmap_byteorder=checkpoint.bitmap_byteorder,
     )
@@ -135,7 +125,6 @@ def empty_image(blocks: Sequence[tuple[str, int]], page_size: int = DEFAULT_PAGE
         if used_length % page_size:
             raise CheckpointError(f"RAM block {idstr!r}: {used_length} is not a multiple of {page_size}")
     machine = "none"
-    vmdesc = {"configuration": _describe_configuration(machine), "page_size": page_size, "devices": []}
     return Image(
         machine=machine,
         subsections=() if page_size == DEFAULT_PAGE_SIZE else (encode_target_page_bits(page_size),),
@@ -143,55 +132,8 @@ def empty_image(blocks: Sequence[tuple[str, int]], page_size: int = DEFAULT_PAGE
         blocks=tuple(blocks),
         page_size=page_size,
         setup=b"",
-        device_state=bytes([EOF]) + encode_vmdescription(json.dumps(vmdesc).encode()),
+        device_state=bytes([SectionType.EOF]) + empty_vmdesc(machine, page_size, (MAPPED_RAM,)),
     )
-
-
-def encode_block_header(page_size: int, bitmap_offset: int, pages_offset: int) -> bytes:
-    """QEMU's ``MappedRamHeader``, 28 bytes; offsets are absolute in the file."""
-    return struct.pack(">IQQQ", HEADER_VERSION, page_size, bitmap_offset, pages_offset)
-
-
-def _with_mapped_ram(device_state: bytes, checkpoint: Checkpoint) -> bytes:
-    """The same device state, with capability mapped-ram alone in its vmdesc (which lists them since 9.2)."""
-    if checkpoint.vmdesc is None or checkpoint.vmdesc_offset is None:
-        return device_state
-    described = checkpoint.vmdesc.get("configuration")
-    if not isinstance(described, dict):
-        return device_state
-    configuration = _describe_configuration(checkpoint.machine)
-    subsections = described.get("subsections")
-    for other in subsections if isinstance(subsections, list) else []:
-        match other:
-            case {"vmsd_name": "configuration/target-page-bits"}:
-                configuration["subsections"].insert(0, other)
-            case {"vmsd_name": "configuration/uuid"}:
-                configuration["subsections"].append(other)
-    vmdesc = {**checkpoint.vmdesc, "configuration": configuration}
-    start = checkpoint.vmdesc_offset - checkpoint.device_state_offset
-    return device_state[:start] + encode_vmdescription(json.dumps(vmdesc).encode())
-
-
-def _describe_configuration(machine: str) -> dict[str, Any]:
-    """The vmdesc's entry of a configuration section with capability mapped-ram (QEMU 9.2 and later)."""
-    return {
-        "vmsd_name": "configuration",
-        "version": 1,
-        "fields": [
-            {"name": "len", "type": "uint32", "size": 4},
-            {"name": "name", "type": "buffer", "size": len(encode_idstr(machine))},
-        ],
-        "subsections": [
-            {
-                "vmsd_name": "configuration/capabilities",
-                "version": 1,
-                "fields": [
-                    {"name": "caps_count", "type": "uint32", "size": 4},
-                    {"name": "capabilities", "type": "capability", "size": 1 + len(MAPPED_RAM)},
-                ],
-            }
-        ],
-    }
 
 
 def _round_up(value: int, multiple: int) -> int:

@@ -7,6 +7,7 @@ All numbers are big-endian. A stream is a header, a configuration section, secti
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 from typing import Protocol
 
 from ckptfs.errors import CheckpointError
@@ -14,16 +15,21 @@ from ckptfs.errors import CheckpointError
 MAGIC = 0x5145564D  # "QEVM"
 VERSION = 3
 
-EOF = 0x00
-SECTION_START = 0x01
-SECTION_PART = 0x02
-SECTION_END = 0x03
-SECTION_FULL = 0x04
-SUBSECTION = 0x05
-VMDESCRIPTION = 0x06
-CONFIGURATION = 0x07
-COMMAND = 0x08
-FOOTER = 0x7E
+
+class SectionType(IntEnum):
+    """The byte that begins every part of the stream after its header."""
+
+    EOF = 0x00
+    START = 0x01
+    PART = 0x02
+    END = 0x03
+    FULL = 0x04
+    SUBSECTION = 0x05
+    VMDESCRIPTION = 0x06
+    CONFIGURATION = 0x07
+    COMMAND = 0x08
+    FOOTER = 0x7E
+
 
 # Flags in the low bits of the offsets in a RAM section (migration/ram.c).
 RAM_ZERO = 0x02
@@ -41,6 +47,7 @@ IGNORE_SHARED = "x-ignore-shared"
 MAPPED_RAM = "mapped-ram"
 
 MAX_MACHINE_LENGTH = 1024
+MAX_COMMANDS = 4096
 PAGE_BITS = range(10, 17)
 _CAPABILITIES = b"configuration/capabilities"
 _TARGET_PAGE_BITS = b"configuration/target-page-bits"
@@ -58,17 +65,33 @@ class Source(Protocol):
         """The bytes at ``file_offset``: ``length`` of them, or fewer only where the file ends."""
 
 
+class BytesSource:
+    """A migration stream held in memory."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    @property
+    def length(self) -> int:
+        """The stream's length in bytes."""
+        return len(self._data)
+
+    def pread(self, file_offset: int, length: int) -> bytes:
+        """The bytes at ``file_offset``."""
+        return self._data[file_offset : file_offset + length]
+
+
 class Cursor:
     """Reads a source forward from ``position``, through a small buffer.
 
     Every method that consumes raises CheckpointError, with the position, where the file ends too early.
     """
 
-    _BUFFER_LENGTH = 1 << 14
-
-    def __init__(self, source: Source, position: int) -> None:
+    def __init__(self, source: Source, position: int, buffer_length: int = 1 << 14) -> None:
         self.source = source
         self.position = position
+        self.command_count = 0
+        self._buffer_length = buffer_length
         self._buffer = b""
         self._buffer_offset = 0
 
@@ -76,7 +99,7 @@ class Cursor:
         """The next bytes without consuming them; fewer than ``length`` where the file ends."""
         start = self.position - self._buffer_offset
         if not 0 <= start <= start + length <= len(self._buffer):
-            self._buffer = self.source.pread(self.position, max(length, self._BUFFER_LENGTH))
+            self._buffer = self.source.pread(self.position, max(length, self._buffer_length))
             self._buffer_offset, start = self.position, 0
         return self._buffer[start : start + length]
 
@@ -157,26 +180,20 @@ def read_stream_header(cursor: Cursor) -> StreamHeader:
     start = cursor.position
     magic = cursor.peek(8)
     if magic == bytes(8):
-        raise CheckpointError(
-            "Not a migration stream: the header is zeros, as an unfinished save leaves it", start
-        )
+        raise CheckpointError("Not a migration stream: the header is zeros, as an unfinished save leaves it", start)
     if len(magic) < 8 or int.from_bytes(magic[:4]) != MAGIC:
         raise CheckpointError("Not a migration stream (or it begins at another offset)", start)
     version = int.from_bytes(magic[4:])
     if version != VERSION:
-        raise CheckpointError(
-            f"migration stream version {version} is not supported, only {VERSION}", start + 4
-        )
+        raise CheckpointError(f"migration stream version {version} is not supported, only {VERSION}", start + 4)
     cursor.position += 8
-    if cursor.u8("the configuration section") != CONFIGURATION:
-        raise CheckpointError(
-            "Configuration section missing: machine and capabilities are unknown", start + 8
-        )
+    if cursor.u8("the configuration section") != SectionType.CONFIGURATION:
+        raise CheckpointError("Configuration section missing: machine and capabilities are unknown", start + 8)
     machine = _read_machine(cursor)
     capabilities: tuple[str, ...] = ()
     subsections: dict[bytes, bytes] = {}
     page_size = DEFAULT_PAGE_SIZE
-    while cursor.peek(1) == bytes([SUBSECTION]):
+    while cursor.peek(1) == bytes([SectionType.SUBSECTION]):
         offset = cursor.position
         name, payload = _read_subsection(cursor)
         if name in subsections or (name == _CAPABILITIES and capabilities):
@@ -219,7 +236,13 @@ def read_section_header(cursor: Cursor) -> SectionHeader:
 
 
 def skip_command(cursor: Cursor) -> None:
-    """Pass over a COMMAND: be16 command, be16 length, payload."""
+    """Pass over a COMMAND: be16 command, be16 length, payload.
+
+    A file has one (SWITCHOVER_START); the limit keeps one that is nothing but commands from taking for ever.
+    """
+    cursor.command_count += 1
+    if cursor.command_count > MAX_COMMANDS:
+        raise CheckpointError(f"more than {MAX_COMMANDS} commands", cursor.position)
     cursor.skip(3, "a command")
     cursor.skip(cursor.be16("a command"), "a command")
 
@@ -233,13 +256,13 @@ def encode_stream_header(machine: str, subsections: Sequence[bytes], capabilitie
         bits = [s for s in configuration if s[2:].startswith(_TARGET_PAGE_BITS)]
         rest = [s for s in configuration if s not in bits]
         configuration = [*bits, encode_capabilities(capabilities), *rest]
-    header = struct.pack(">IIBI", MAGIC, VERSION, CONFIGURATION, len(name))
+    header = struct.pack(">IIBI", MAGIC, VERSION, SectionType.CONFIGURATION, len(name))
     return b"".join([header, name, *configuration])
 
 
 def encode_subsection(name: bytes, payload: bytes) -> bytes:
     """A subsection of version 1."""
-    return struct.pack(">BB", SUBSECTION, len(name)) + name + struct.pack(">I", 1) + payload
+    return struct.pack(">BB", SectionType.SUBSECTION, len(name)) + name + struct.pack(">I", 1) + payload
 
 
 def encode_capabilities(capabilities: Sequence[str]) -> bytes:
@@ -254,7 +277,7 @@ def encode_target_page_bits(page_size: int) -> bytes:
     return encode_subsection(_TARGET_PAGE_BITS, struct.pack(">I", page_size.bit_length() - 1))
 
 
-def encode_section_header(section_type: int, header: SectionHeader) -> bytes:
+def encode_section_header(section_type: SectionType, header: SectionHeader) -> bytes:
     """The header of a START or FULL section."""
     idstr = encode_idstr(header.idstr)
     start = struct.pack(">BIB", section_type, header.section_id, len(idstr))
@@ -264,7 +287,7 @@ def encode_section_header(section_type: int, header: SectionHeader) -> bytes:
 def encode_ram_start(section_id: int, total: int) -> bytes:
     """The RAM section's START, up to its list of blocks; ``total`` is the sum of their used_length."""
     header = SectionHeader(RAM_IDSTR, RAM_INSTANCE_ID, RAM_VERSION_ID, section_id, 0)
-    return encode_section_header(SECTION_START, header) + struct.pack(">Q", total | RAM_MEM_SIZE)
+    return encode_section_header(SectionType.START, header) + struct.pack(">Q", total | RAM_MEM_SIZE)
 
 
 def encode_block(idstr: str, used_length: int) -> bytes:
@@ -280,10 +303,10 @@ def encode_eos() -> bytes:
 
 def encode_footer(section_id: int, *, footers: bool) -> bytes:
     """A section's footer, or nothing in a stream without footers."""
-    return struct.pack(">BI", FOOTER, section_id) if footers else b""
+    return struct.pack(">BI", SectionType.FOOTER, section_id) if footers else b""
 
 
-def encode_ram_section(section_type: int, section_id: int, *, footers: bool, records: bytes = b"") -> bytes:
+def encode_ram_section(section_type: SectionType, section_id: int, *, footers: bool, records: bytes = b"") -> bytes:
     """A PART or END of the RAM section: page records (none in mapped-ram), EOS and footer."""
     start = struct.pack(">BI", section_type, section_id)
     return start + records + encode_eos() + encode_footer(section_id, footers=footers)
@@ -291,7 +314,7 @@ def encode_ram_section(section_type: int, section_id: int, *, footers: bool, rec
 
 def encode_vmdescription(vmdesc: bytes) -> bytes:
     """The stream's last part: the JSON that describes its device sections."""
-    return struct.pack(">BI", VMDESCRIPTION, len(vmdesc)) + vmdesc
+    return struct.pack(">BI", SectionType.VMDESCRIPTION, len(vmdesc)) + vmdesc
 
 
 def _read_machine(cursor: Cursor) -> str:

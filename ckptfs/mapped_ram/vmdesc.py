@@ -1,0 +1,182 @@
+"""The vmdesc: JSON at the end of a stream that describes its device sections (``migration/vmstate.c``, QEMU 10.0).
+
+QEMU writes it and never reads it. Its ``devices`` are in the order of the FULL sections, early ones included;
+``ram`` is not among them. Since 9.2 ``configuration`` describes the configuration section.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ckptfs.mapped_ram.stream import (
+    SectionHeader,
+    SectionType,
+    Source,
+    decode_idstr,
+    encode_idstr,
+    encode_vmdescription,
+)
+
+MAX_VMDESC_LENGTH = 8 << 20
+"""A longer one is not parsed. QEMU writes some 10 KiB a CPU and 100 KiB for everything else."""
+
+
+@dataclass(frozen=True)
+class Vmdesc:
+    """A VMDESCRIPTION: ``length`` bytes at ``file_offset``, from its type byte on, and the JSON in it."""
+
+    file_offset: int
+    length: int
+    description: dict[str, Any]
+
+    def devices(self) -> list["Device"]:
+        """What it says of each FULL section, in stream order."""
+        return [Device.parse(entry) for entry in self.description["devices"]]
+
+
+@dataclass(frozen=True)
+class Device:
+    """A device of the vmdesc; what makes no sense in its entry is None."""
+
+    idstr: str
+    instance_id: int | None
+    payload_length: int | None
+
+    @classmethod
+    def parse(cls, entry: object) -> "Device":
+        """The entry, whatever it is."""
+        if not isinstance(entry, dict):
+            return cls("", None, None)
+        instance_id = entry.get("instance_id")
+        try:
+            length = payload_length(entry)
+        except (TypeError, KeyError, AttributeError):
+            length = None
+        return cls(str(entry.get("name")), instance_id if type(instance_id) is int else None, length)
+
+    def describes(self, header: SectionHeader) -> bool:
+        """Whether it is the entry of the section with this header."""
+        if self.instance_id is None or self.idstr != header.idstr:
+            return False
+        return self.instance_id % (1 << 32) == header.instance_id
+
+
+def find_vmdesc(source: Source, start: int) -> Vmdesc | None:
+    """The vmdesc after ``start``, at the end of the file or before garbage there; None if there is none.
+
+    Needs no walk through the sections: JSON holds no NUL byte, so the last ``EOF VMDESCRIPTION length {`` is
+    the one.
+    """
+    for window in (512 << 10, MAX_VMDESC_LENGTH + 6):
+        window_offset = max(start, source.length - window)
+        data = source.pread(window_offset, source.length - window_offset)
+        for position, length in _candidates(data):
+            description = _parse(data[position + 5 : position + 5 + length])
+            if description is not None:
+                return Vmdesc(window_offset + position, 5 + length, description)
+        if window_offset == start:
+            break
+    return None
+
+
+def payload_length(vmsd: dict[str, Any]) -> int:
+    """A device's payload length in bytes, as its entry in the vmdesc describes it.
+
+    A field that is a struct includes that struct's subsections. Of an array only element 0 is described, so
+    the length is wrong where elements differ. Raises TypeError, KeyError or AttributeError where this is no
+    such entry.
+    """
+    length = 0
+    pending = [vmsd]
+    while pending:
+        vmsd = pending.pop()
+        for field in vmsd["fields"]:
+            length += _natural(field["size"]) * _natural(field.get("array_len", 1))
+        for subsection in vmsd.get("subsections", ()):
+            length += 1 + 1 + len(encode_idstr(subsection["vmsd_name"])) + 4
+            pending.append(subsection)
+    return length
+
+
+def empty_vmdesc(machine: str, page_size: int, capabilities: tuple[str, ...]) -> bytes:
+    """The VMDESCRIPTION of a stream without devices."""
+    description = {
+        "configuration": _describe_configuration(machine, capabilities, []),
+        "page_size": page_size,
+        "devices": [],
+    }
+    return encode_vmdescription(json.dumps(description).encode())
+
+
+def with_capabilities(description: dict[str, Any], machine: str, capabilities: tuple[str, ...]) -> bytes:
+    """The VMDESCRIPTION with another set of capabilities in its configuration, if it describes that."""
+    configuration = description.get("configuration")
+    if isinstance(configuration, dict):
+        subsections = configuration.get("subsections")
+        others = subsections if isinstance(subsections, list) else []
+        configuration = _describe_configuration(machine, capabilities, others)
+        description = {**description, "configuration": configuration}
+    return encode_vmdescription(json.dumps(description).encode("utf-8", "surrogateescape"))
+
+
+def _describe_configuration(machine: str, capabilities: tuple[str, ...], others: list[Any]) -> dict[str, Any]:
+    """The configuration's entry, with its other subsections around that of the capabilities, in QEMU's order."""
+    fields = [_field("len", "uint32", 4), _field("name", "buffer", len(encode_idstr(machine)))]
+    configuration: dict[str, Any] = {"vmsd_name": "configuration", "version": 1, "fields": fields}
+    bits = [other for other in others if _is_subsection(other, "configuration/target-page-bits")]
+    uuid = [other for other in others if _is_subsection(other, "configuration/uuid")]
+    listed = []
+    if capabilities:
+        fields = [_field("caps_count", "uint32", 4)]
+        fields += [_field("capabilities", "capability", 1 + len(capability)) for capability in capabilities]
+        listed = [{"vmsd_name": "configuration/capabilities", "version": 1, "fields": fields}]
+    if bits or listed or uuid:
+        configuration["subsections"] = [*bits, *listed, *uuid]
+    return configuration
+
+
+def _field(name: str, type_name: str, size: int) -> dict[str, Any]:
+    return {"name": name, "type": type_name, "size": size}
+
+
+def _is_subsection(entry: object, name: str) -> bool:
+    return isinstance(entry, dict) and entry.get("vmsd_name") == name
+
+
+def _natural(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise TypeError
+    return value
+
+
+def _candidates(data: bytes) -> Iterator[tuple[int, int]]:
+    """Where a type byte may be, and the length of the JSON after it: 16 at most, likeliest first."""
+    raw = np.frombuffer(data, np.uint8)
+    if raw.size < 7:
+        return
+    marks = (raw[:-6] == SectionType.EOF) & (raw[1:-5] == SectionType.VMDESCRIPTION) & (raw[6:] == ord("{"))
+    positions = np.flatnonzero(marks) + 1
+    lengths = raw[positions[:, None] + np.arange(1, 5)].view(">u4")[:, 0].astype(np.int64)
+    ends = positions + 5 + lengths
+    inside = ends <= raw.size
+    positions, lengths, ends = positions[inside], lengths[inside], ends[inside]
+    closed = raw[ends - 1] == ord("}")
+    at_end = closed & (ends == raw.size)
+    likeliest = [*np.flatnonzero(at_end)[-1:], *np.flatnonzero(closed & ~at_end)[:-16:-1]]
+    for index in likeliest:
+        yield int(positions[index]), int(lengths[index])
+
+
+def _parse(text: bytes) -> dict[str, Any] | None:
+    if b"\0" in text or len(text) > MAX_VMDESC_LENGTH:
+        return None
+    try:
+        description = json.loads(decode_idstr(text))
+    except (ValueError, RecursionError):
+        return None
+    if isinstance(description, dict) and isinstance(description.get("devices"), list):
+        return description
+    return None
