@@ -1,1 +1,1 @@
-"""What should happen, without doing it: states, parameters, addresses, plans. Pure: no I/O and no clock."""
+"""What should happen, in QEMU's words: addresses, capabilities, parameters, states, plans. Pure: no I/O."""
