@@ -40,27 +40,41 @@ class _Fetch:
 
 
 class Base:
-    """An open checkpoint. ``blocks`` by idstr; ``image`` is all of it but the pages, for the next save."""
+    """An open checkpoint; ``blocks`` by idstr. Its device state is held in memory, its pages stay in the file."""
 
     def __init__(
         self,
         path: str,
         fd: int,
-        image: Image,
-        blocks: dict[str, BaseBlock],
+        stream_offset: int,
         direct_io: DirectIO,
         channel_count: int,
         deadline: float = BACKING_DEADLINE,
     ) -> None:
+        """Read the checkpoint behind ``fd`` and take the descriptor over (blocking).
+
+        Raises CheckpointError, naming the byte, for anything that is not a whole and honest checkpoint.
+        """
         self.path = path
-        self.image = image
-        self.blocks = blocks
+        source = FileSource(fd)
+        self.checkpoint, file_bmaps = read_checkpoint(source, stream_offset)
+        self.setup = read_setup(source, self.checkpoint)
+        self.device_state = read_device_state(source, self.checkpoint)
+        self.blocks = {
+            block.idstr: BaseBlock(block.pages_offset, file_bmaps[block.idstr])
+            for block in self.checkpoint.blocks
+            if block.pages_offset is not None
+        }
         self.bytes_read = 0
         self.read_count = 0
         self._fd = fd
-        self._in_flight: dict[str, list[_Fetch]] = {idstr: [] for idstr in blocks}
+        self._in_flight: dict[str, list[_Fetch]] = {idstr: [] for idstr in self.blocks}
         self._buffers = AlignedBuffers()
         self._channels = Channels.open(fd, os.O_RDONLY, direct_io, channel_count, deadline)
+
+    def image(self) -> Image:
+        """All of the checkpoint but its pages, to be written beside newer ones."""
+        return image_of(self.checkpoint, self.setup, self.device_state)
 
     @property
     def direct_io(self) -> bool:
@@ -153,17 +167,3 @@ def _bad_pages(channel: Channel, part: memoryview, file_offset: int, page_size: 
 def _zero(buffer: memoryview, start: int, stop: int) -> None:
     if start < stop:
         buffer[start:stop] = bytes(stop - start)
-
-
-def open_base(path: str, fd: int, stream_offset: int, direct_io: DirectIO, channel_count: int) -> Base:
-    """Parse the checkpoint behind ``fd`` and make it a base (blocking; takes over ``fd``).
-
-    Raises CheckpointError, naming the byte, for anything that is not a whole and honest checkpoint.
-    """
-    source = FileSource(fd)
-    checkpoint, file_bmaps = read_checkpoint(source, stream_offset)
-    image = image_of(checkpoint, read_setup(source, checkpoint), read_device_state(source, checkpoint))
-    blocks = {
-        block.idstr: BaseBlock(block.pages_offset or 0, file_bmaps[block.idstr]) for block in checkpoint.blocks
-    }
-    return Base(path, fd, image, blocks, direct_io, channel_count)

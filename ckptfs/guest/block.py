@@ -62,6 +62,7 @@ class BaseBlock:
 class PageStack:
     """The layers over a base, newest first: an immutable list, so that an epoch can keep one."""
 
+    page_count: int
     written: tuple[Layer, ...]
     restored: Layer | None
     base: BaseBlock | None
@@ -91,9 +92,9 @@ class PageStack:
             yield segment
             start = segment.stop
 
-    def with_data(self, page_count: int) -> PagesBitmap:
+    def with_data(self) -> PagesBitmap:
         """Return the pages that may be other than zero."""
-        data = PagesBitmap(page_count) if self.base is None else self.base.file_bmap.copy()
+        data = PagesBitmap(self.page_count) if self.base is None else self.base.file_bmap.copy()
         for layer in self.layers:
             data = data.union(layer.present)
         return data
@@ -107,7 +108,7 @@ class GuestBlock:
         self.page_count = page_count
         self.page_size = page_size
         self.received = PagesBitmap(page_count)
-        self.stack = PageStack((Layer(idstr, page_count, page_size),), None, base)
+        self.stack = PageStack(page_count, (Layer(idstr, page_count, page_size),), None, base)
 
     @property
     def used_length(self) -> int:
@@ -130,12 +131,29 @@ class GuestBlock:
         """Take an empty layer out of the stack."""
         self.stack = replace(self.stack, written=tuple(x for x in self.stack.written if x is not layer))
 
-    def rebase(self, frozen: PageStack, base: BaseBlock) -> None:
+    def rebase(self, frozen: PageStack, base: BaseBlock, *, keep_restored: bool) -> None:
         """Put a base below the pages written since ``frozen``, which is all in it now."""
         newer = self.stack.written[: len(self.stack.written) - len(frozen.written)]
         self.received = self.received.union(_union(self.page_count, frozen.written))
-        self.stack = PageStack(newer, None, base)
-        for layer in frozen.layers:
+        self.stack = PageStack(self.page_count, newer, frozen.restored if keep_restored else None, base)
+        for layer in frozen.written if keep_restored else frozen.layers:
+            layer.close()
+
+    def replace(self, carried: PageStack, base: BaseBlock, *, keep_restored: bool) -> None:
+        """Put what the machine handed over in the place of all there is; it is in ``base`` now."""
+        former = self.stack
+        (layer,) = carried.written
+        fresh = Layer(self.idstr, self.page_count, self.page_size)
+        self.received = PagesBitmap(self.page_count)
+        self.stack = PageStack(self.page_count, (fresh,), layer if keep_restored else None, base)
+        for dropped in former.layers if keep_restored else (*former.layers, layer):
+            dropped.close()
+
+    def reset(self) -> None:
+        """Drop every page written since the base."""
+        dropped = self.stack.written
+        self.stack = replace(self.stack, written=(Layer(self.idstr, self.page_count, self.page_size),))
+        for layer in dropped:
             layer.close()
 
     def store(self, block_offset: int, data: bytes | memoryview) -> None:

@@ -8,15 +8,33 @@ no other code path: saving a half-restored guest is the same as saving a fresh o
 import contextlib
 import errno
 import logging
+import os
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import trio
 
-from ckptfs.errors import CommandError, StateError, StorageError
+from ckptfs.channels.backing_file import DirectIO, reopen
+from ckptfs.channels.identity import Identity
+from ckptfs.channels.target import SaveTarget
+from ckptfs.errors import CommandError, QemuError, StateError, StorageError
 from ckptfs.guest.base import BadPagesError, Base
 from ckptfs.guest.block import Content, GuestBlock
+from ckptfs.guest.incoming import restore_blocks
 from ckptfs.guest.layer import Layer
-from ckptfs.guest.outgoing import Epoch, Progress
+from ckptfs.guest.live import compose
+from ckptfs.guest.migration import Migration
+from ckptfs.guest.outgoing import Epoch, SaveOptions, write_checkpoint
+from ckptfs.mapped_ram.layout import Image, empty_image
+from ckptfs.migration.capabilities import MigrationCapabilities
+from ckptfs.migration.parameters import MigrationParameters, ZeroPageDetection
+from ckptfs.migration.status import MigrationStatus
+from ckptfs.qemu.backends import RAMFile, check_backends
+from ckptfs.qemu.live import capture
+from ckptfs.qemu.monitor import connected
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +55,31 @@ class PageCache(Protocol):
         """Within this, the daemon holds the newest content of every page, and nothing can change it."""
         ...
 
+    async def forget(self, idstrs: Iterable[str]) -> None:
+        """Have the kernel drop what it holds: the content has changed below it."""
+
+    def files(self, idstrs: Iterable[str]) -> list[RAMFile]:
+        """The files that the blocks are seen as."""
+        ...
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The QEMU that runs on this RAM: where its monitor is, and as whom to connect to it."""
+
+    qmp_path: str
+    identity: Identity
+
+
+@dataclass(frozen=True)
+class SaveRequest:
+    """Where to save, as whom, and whether RAM alone is meant though there is device state."""
+
+    path: str
+    stream_offset: int
+    identity: Identity
+    ram_only: bool = False
+
 
 class Guest:
     """A guest's RAM and everything that can be done with it."""
@@ -45,9 +88,18 @@ class Guest:
         self.blocks = {block.idstr: block for block in blocks}
         self.base = base
         self.page_size = page_size
+        self.read_only = False
+        self.restored = False
+        """Whether all RAM is in memory, so that no backing file is needed."""
+        self.parameters = MigrationParameters()
+        self.capabilities = MigrationCapabilities()
+        self.migration = Migration("migration", "")
+        self.machine: Machine | None = None
+        self.machine_ran = False
+        """Whether a machine has been started from the base's device state, or was when it was taken."""
         self.page_cache: PageCache | None = None
+        self.mount_device = -1
         self.bad_pages: dict[tuple[str, int], str] = {}
-        self.progress = Progress()
         self._writers_may_go = trio.Event()
         self._writers_may_go.set()
 
@@ -62,10 +114,10 @@ class Guest:
     @classmethod
     def incoming(cls, base: Base) -> "Guest":
         """A guest whose RAM is ``base``, restored as it is read."""
-        page_size = base.image.page_size
+        page_size = base.checkpoint.page_size
         blocks = [
-            GuestBlock(idstr, used_length // page_size, page_size, base.blocks[idstr])
-            for idstr, used_length in base.image.blocks
+            GuestBlock(block.idstr, block.page_count, page_size, base.blocks.get(block.idstr))
+            for block in base.checkpoint.blocks
         ]
         return cls(blocks, base, page_size)
 
@@ -180,15 +232,18 @@ class Guest:
 
     # ---- epochs ------------------------------------------------------------------------------------
 
-    def freeze(self) -> Epoch:
+    def freeze(self, idstrs: Iterable[str]) -> Epoch:
         """Begin an epoch: RAM as it is at this moment; what is written from now on goes above it."""
-        return Epoch({idstr: block.freeze() for idstr, block in self.blocks.items()}, self.base)
+        return Epoch({idstr: self.blocks[idstr].freeze() for idstr in idstrs}, self.base)
 
     async def thaw(self, epoch: Epoch) -> None:
         """End an epoch that was not saved: what was written above it moves down into it."""
         for idstr, frozen in epoch.stacks.items():
-            block = self.blocks[idstr]
             lower = frozen.written[0]
+            if idstr in epoch.carried:
+                lower.close()
+                continue
+            block = self.blocks[idstr]
             while len(block.stack.written) > len(frozen.written):
                 upper = block.stack.written[-len(frozen.written) - 1]
                 while lower.absorb_some(upper):
@@ -197,11 +252,223 @@ class Guest:
                 block.drop_layer(upper)
                 upper.close()
 
-    def rebase(self, epoch: Epoch, base: Base) -> None:
+    async def _rebase(self, epoch: Epoch, base: Base) -> None:
         """Put the checkpoint that ``epoch`` was saved to below what was written since."""
+        if self.restored:
+            await self._keep_in_memory(epoch)
         former = self.base
         for idstr, frozen in epoch.stacks.items():
-            self.blocks[idstr].rebase(frozen, base.blocks[idstr])
+            if idstr not in epoch.carried:
+                self.blocks[idstr].rebase(frozen, base.blocks[idstr], keep_restored=self.restored)
+            elif idstr in self.blocks:
+                self.blocks[idstr].replace(frozen, base.blocks[idstr], keep_restored=self.restored)
+            else:
+                frozen.written[0].close()
         self.base = base
-        if former is not None:
+        if self.restored:
+            base.close()
+        elif former is not None:
             former.close()
+
+    async def _keep_in_memory(self, epoch: Epoch) -> None:
+        """A guest that was restored as a whole stays independent of any file: its pages stay in memory."""
+        for idstr, stack in epoch.stacks.items():
+            if idstr in epoch.carried:
+                continue
+            assert stack.restored is not None
+            for layer in reversed(stack.written):
+                while stack.restored.absorb_some(layer):
+                    await trio.lowlevel.checkpoint()
+
+    # ---- migrations: one at a time -----------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _migrating(self, migration: Migration) -> AsyncIterator[None]:
+        """Run a migration: its states, its cancellation, and one error out of many tasks."""
+        if self.migration.running:
+            raise StateError(f"a {self.migration.kind} is running: wait for it, or cancel it")
+        self.migration = migration
+        migration.advance(MigrationStatus.SETUP)
+        try:
+            with migration.cancel_scope:
+                yield
+        except BaseException as error:
+            leading = leading_error(error)
+            migration.fail(str(leading))
+            if leading is error:
+                raise
+            raise leading from error
+        if migration.cancel_scope.cancelled_caught:
+            migration.advance(MigrationStatus.CANCELLED)
+            raise StateError(f"the {migration.kind} was cancelled", errno.ECANCELED)
+        migration.advance(MigrationStatus.COMPLETED)
+
+    async def cancel(self) -> str:
+        """Cancel the running migration and wait for its end; StateError (EINVAL) if there is none."""
+        migration = self.migration
+        if not migration.running:
+            raise StateError("nothing is running that could be cancelled", errno.EINVAL)
+        if migration.status is not MigrationStatus.CANCELLING:
+            migration.advance(MigrationStatus.CANCELLING)
+            migration.cancel_scope.cancel()
+        await migration.over.wait()
+        return f"{migration.kind} {migration.status}"
+
+    async def save(self, request: SaveRequest) -> str:
+        """Write a checkpoint and make it the base; return one line that says what was done.
+
+        The file is durable and under its final name when this returns; after any error the former one is as
+        it was, and RAM too. Raises CommandError, StateError, StorageError or OSError.
+        """
+        if self.read_only:
+            raise StateError("the mount is read-only (ro): there is nothing to save", errno.EPERM)
+        migration = Migration("save", request.path)
+        async with self._migrating(migration):
+            target = await trio.to_thread.run_sync(SaveTarget, request.path, request.identity, self.mount_device)
+            try:
+                await self._save_to(target, request, migration)
+            except BaseException:
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(target.discard)
+                raise
+        return f"saved {request.path}: {migration.summary()}"
+
+    async def _save_to(self, target: SaveTarget, request: SaveRequest, migration: Migration) -> None:
+        await trio.to_thread.run_sync(target.keep_prefix, request.stream_offset)
+        epoch, image = await self._begin_epoch(request)
+        try:
+            migration.advance(MigrationStatus.ACTIVE)
+            self.direct_io = await write_checkpoint(
+                target.fd, request.stream_offset, image, epoch, self._save_options(), migration.progress
+            )
+            migration.advance(MigrationStatus.DEVICE)
+            base = await trio.to_thread.run_sync(self._open_saved, target, request.stream_offset)
+            with trio.CancelScope(shield=True):  # either it is published, or it is not
+                try:
+                    await trio.to_thread.run_sync(target.publish)
+                except BaseException:
+                    base.close()
+                    raise
+                await self._rebase(epoch, base)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self.thaw(epoch)
+            raise
+
+    def _open_saved(self, target: SaveTarget, stream_offset: int) -> Base:
+        """Read back what was written, before it is published: it becomes the base, so it had better be whole."""
+        fd = reopen(target.fd, os.O_RDONLY)
+        try:
+            return Base(target.path, fd, stream_offset, self._direct_io(), self.parameters.multifd_channels)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    async def _begin_epoch(self, request: SaveRequest) -> tuple[Epoch, Image]:
+        """Return RAM at one moment, and what goes into the file beside it."""
+        if self.machine is not None and not request.ram_only:
+            return await self._capture(self.machine)
+        self._refuse_mixed_moments(request)
+        async with self._settled():
+            return self.freeze(self.blocks), self._image(request.ram_only)
+
+    async def _capture(self, machine: Machine) -> tuple[Epoch, Image]:
+        """Take RAM and device state of the machine behind the mount at one moment."""
+        assert self.page_cache is not None
+        page_cache = self.page_cache
+        async with connected(machine.qmp_path, machine.identity) as monitor:
+            found = await check_backends(monitor, page_cache.files(self.blocks))
+            if not found:
+                raise QemuError(
+                    "QEMU has none of its RAM on this mount: see `ckptfs qemu-args` for how to start it",
+                    errno.EINVAL,
+                )
+            flush = partial(page_cache.flush, list(found))
+            captured = await capture(monitor, flush, partial(self.freeze, found))
+        try:
+            epoch, image = await trio.to_thread.run_sync(compose, captured)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await self.thaw(captured.epoch)
+            raise
+        self.migration.downtime = captured.downtime
+        self.machine_ran = True
+        return epoch, image
+
+    def _refuse_mixed_moments(self, request: SaveRequest) -> None:
+        """RAM of one moment and device state of another would be a checkpoint that corrupts its guest."""
+        if request.ram_only or not self.machine_ran or not self.has_device_state:
+            return
+        if any(block.written.any(0, block.page_count) for block in self.blocks.values()):
+            raise StateError(
+                "a machine has run on this RAM, so the device state of the checkpoint is older than RAM: "
+                "bind its QMP socket (qmp SOCKET) to save both, or say `save ram-only`, or `reset`",
+                errno.EPERM,
+            )
+
+    @asynccontextmanager
+    async def _settled(self) -> AsyncIterator[None]:
+        if self.page_cache is None:
+            yield
+            return
+        async with self.page_cache.settled(list(self.blocks)):
+            yield
+
+    @property
+    def has_device_state(self) -> bool:
+        """Whether the base holds more than RAM."""
+        return self.base is not None and self.base.checkpoint.has_device_state
+
+    def _image(self, ram_only: bool) -> Image:
+        """What goes into a checkpoint beside RAM: the base's device state, or none."""
+        if self.base is not None and not ram_only:
+            return self.base.image()
+        return empty_image([(block.idstr, block.used_length) for block in self.blocks.values()], self.page_size)
+
+    def _direct_io(self) -> DirectIO:
+        return DirectIO(self.parameters.direct_io, self.parameters.direct_io_required)
+
+    def _save_options(self) -> SaveOptions:
+        return SaveOptions(
+            channel_count=self.parameters.multifd_channels,
+            direct_io=self._direct_io(),
+            detect_zero_pages=self.parameters.zero_page_detection is not ZeroPageDetection.NONE,
+            wait_for_bandwidth=self._wait_for_bandwidth,
+        )
+
+    async def _wait_for_bandwidth(self, length: int) -> None:
+        del length
+
+    async def restore(self) -> str:
+        """Bring in everything that only the checkpoint has; after that its file is not needed any more."""
+        if self.base is None or self.restored:
+            return "nothing to restore: all RAM is in memory"
+        migration = Migration("restore", self.base.path)
+        async with self._migrating(migration):
+            migration.advance(MigrationStatus.ACTIVE)
+            await restore_blocks(
+                self.base, list(self.blocks.values()), self.parameters.multifd_channels, migration.progress
+            )
+            self.restored = True
+            self.base.close()
+        return f"restored {self.base.path}: {migration.summary()}"
+
+    async def reset(self) -> str:
+        """Drop every written page: RAM is the checkpoint again.
+
+        The caller sees to it that nobody writes meanwhile, and that the kernel forgets what it holds.
+        """
+        if self.migration.running:
+            raise StateError(f"a {self.migration.kind} is running: wait for it, or cancel it")
+        dropped = sum(block.written.count() for block in self.blocks.values())
+        for block in self.blocks.values():
+            block.reset()
+        return f"{dropped} written pages dropped"
+
+
+def leading_error(error: BaseException) -> BaseException:
+    """The error that matters in a group of them: the first that is no consequence of the others' end."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    leaves = [leading_error(inner) for inner in error.exceptions]
+    return next((leaf for leaf in leaves if not isinstance(leaf, trio.Cancelled)), leaves[0])

@@ -25,10 +25,14 @@ from ckptfs.migration.outgoing import coalesce, nonzero_pages, page_chunks
 
 @dataclass(frozen=True)
 class Epoch:
-    """RAM as it was at one moment: one frozen stack a block, and the base below them."""
+    """RAM as it was at one moment: one frozen stack a block, and the base below them.
+
+    ``carried`` are the blocks whose content the machine handed over: they are not frozen, but copies.
+    """
 
     stacks: dict[str, PageStack]
     base: Base | None
+    carried: frozenset[str] = frozenset()
 
 
 @dataclass
@@ -62,8 +66,8 @@ class _Chunk:
 
 async def write_checkpoint(
     fd: int, stream_offset: int, image: Image, epoch: Epoch, options: SaveOptions, progress: Progress
-) -> tuple[dict[str, BaseBlock], bool]:
-    """Write ``epoch`` into the empty file behind ``fd``; return its blocks and whether O_DIRECT was used.
+) -> bool:
+    """Write ``epoch`` into the empty file behind ``fd``; return whether its pages went past the page cache.
 
     Nothing is durable yet when this returns (`SaveTarget.publish`). Raises OSError or StorageError.
     """
@@ -76,9 +80,7 @@ async def write_checkpoint(
         Channels.open, fd, os.O_WRONLY, options.direct_io, options.channel_count
     )
     try:
-        with_data = {
-            idstr: stack.with_data(blocks[idstr].file_bmap.page_count) for idstr, stack in epoch.stacks.items()
-        }
+        with_data = {idstr: stack.with_data() for idstr, stack in epoch.stacks.items()}
         progress.total_pages = sum(bitmap.page_count for bitmap in with_data.values())
         progress.remaining_pages = sum(bitmap.count() for bitmap in with_data.values())
         progress.zero_pages = progress.total_pages - progress.remaining_pages
@@ -95,7 +97,7 @@ async def write_checkpoint(
         for block in plan.blocks
     ]
     await trio.to_thread.run_sync(_write_extents, fd, [*bitmaps, plan.extents[0]])
-    return blocks, channels.direct_io
+    return channels.direct_io
 
 
 async def _write_chunks(

@@ -1,0 +1,68 @@
+"""A live checkpoint put together: frozen RAM of the mount, and all else out of QEMU's device state stream."""
+
+from dataclasses import dataclass
+
+from ckptfs.errors import QemuError
+from ckptfs.guest.block import PageStack
+from ckptfs.guest.layer import Layer
+from ckptfs.guest.outgoing import Epoch
+from ckptfs.mapped_ram.checkpoint import Checkpoint, read_device_state, read_setup, with_run_state
+from ckptfs.mapped_ram.layout import Image, image_of
+from ckptfs.mapped_ram.precopy import PrecopyStream, read_precopy
+from ckptfs.mapped_ram.ramblock import RAMBlock
+from ckptfs.qemu.live import Capture
+
+
+@dataclass(frozen=True)
+class BytesSource:
+    """A stream that is held in memory, as the parsers want it."""
+
+    data: bytes
+
+    @property
+    def length(self) -> int:
+        """Length in bytes."""
+        return len(self.data)
+
+    def pread(self, file_offset: int, length: int) -> bytes:
+        """The bytes from ``file_offset`` on, fewer at the end."""
+        return self.data[file_offset : file_offset + length]
+
+
+def compose(capture: Capture[Epoch]) -> tuple[Epoch, Image]:
+    """Return the epoch with all of QEMU's RAM blocks, and the image to write beside it.
+
+    Blocks of the mount are in the epoch already; small ones (VGA memory, ROMs) come with the stream, as page
+    records. Raises QemuError if QEMU's blocks and the mount's do not fit together.
+    """
+    source = BytesSource(capture.stream)
+    stream = read_precopy(source)
+    checkpoint = stream.checkpoint
+    frozen = capture.epoch.stacks
+    _check_blocks(checkpoint, frozen)
+    carried = {
+        block.idstr: _stack_of(stream, source, block) for block in checkpoint.blocks if block.idstr not in frozen
+    }
+    device_state = with_run_state(read_device_state(source, checkpoint), checkpoint, capture.run_state)
+    image = image_of(checkpoint, read_setup(source, checkpoint), device_state)
+    return Epoch(frozen | carried, capture.epoch.base, frozenset(carried)), image
+
+
+def _check_blocks(checkpoint: Checkpoint, frozen: dict[str, PageStack]) -> None:
+    lengths = {block.idstr: block.used_length for block in checkpoint.blocks}
+    for idstr, stack in frozen.items():
+        length = stack.page_count * checkpoint.page_size
+        if idstr not in lengths:
+            raise QemuError(f"the block {idstr!r} of this mount is no RAM of this QEMU")
+        if lengths[idstr] != length:
+            raise QemuError(f"QEMU's RAM {idstr!r} has {lengths[idstr]} bytes, the mount's block {length}")
+
+
+def _stack_of(stream: PrecopyStream, source: BytesSource, block: RAMBlock) -> PageStack:
+    """A block's content as the stream has it, in a layer of its own."""
+    layer = Layer(block.idstr, block.page_count, block.page_size)
+    if block.idstr in stream.page_offsets:
+        for run in stream.file_bmap(block.idstr).runs():
+            pages = stream.read_pages(source, block.idstr, run.start, run.stop)
+            layer.store(run.start * block.page_size, pages.reshape(-1).data)
+    return PageStack(block.page_count, (layer,), None, None)
