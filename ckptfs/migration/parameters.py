@@ -340,20 +340,18 @@ class MigrationParameters:
         parameter = find_parameter(name)
         return parameter.format(getattr(self, parameter.field_name))
 
-    def set(self, name: str, text: str, *, bandwidth_unit: int = 1, running: bool = False) -> "MigrationParameters":
-        """These values with one changed; ``text`` is as `Parameter.parse` takes it.
+    def set(self, name: str, value: ParameterValue, *, running: bool = False) -> "MigrationParameters":
+        """These values with one changed; ``value`` is what `Parameter.parse` made of a text.
 
-        Raises CommandError for a value that is wrong or cannot be carried out, and StateError while a
-        migration is ``running``, but for max-bandwidth (at once) and multifd-channels (for the next one).
+        Raises CommandError for a value that does not go with the others or cannot be carried out, and
+        StateError while a migration is ``running``, but for max-bandwidth (changes at once) and
+        multifd-channels (for the next one).
         """
         parameter = find_parameter(name)
-        value = parameter.parse(text, bandwidth_unit)
         if running and not parameter.while_running:
             raise StateError(f"There's a migration process in progress: {name} can be set after it")
-        changed = replace(
-            self,
-            **{parameter.field_name: value, "explicit": self.explicit | {name}},  # type: ignore[arg-type]
-        )
+        changes: dict[str, Any] = {parameter.field_name: value, "explicit": self.explicit | {name}}
+        changed = replace(self, **changes)
         changed._check()
         return changed
 
