@@ -1,0 +1,197 @@
+"""What ``status`` and ``status.json`` say: one typed snapshot, two ways to write it.
+
+``status`` is ``key value``, one a line: always all keys, always in this order, the value being the rest of the
+line. After them comes a line ``bad-page`` for each page that could not be read. ``status.json`` has the same
+keys, query-migrate's answer under ``migration``, and each block by itself.
+"""
+
+import json
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from ckptfs.migration.query import QueryMigrate
+from ckptfs.namespace.names import encode_name
+
+
+class MountState(StrEnum):
+    """What the mount is doing."""
+
+    IDLE = "idle"
+    SAVING = "saving"
+    RESTORING = "restoring"
+
+
+@dataclass(frozen=True)
+class BlockStatus:
+    """A RAM block and how its pages stand: the four counts are those of pages/NAME, and add up."""
+
+    idstr: str
+    page_size: int
+    page_count: int
+    zero_pages: int
+    checkpoint_pages: int
+    """In the checkpoint and not yet read."""
+    read_pages: int
+    written_pages: int
+
+    @property
+    def used_length(self) -> int:
+        """Bytes."""
+        return self.page_count * self.page_size
+
+
+@dataclass(frozen=True)
+class BadPage:
+    """A page that is in the checkpoint and can't be read, and the reason."""
+
+    idstr: str
+    page: int
+    error: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """One moment of the mount; None stands for what there is not."""
+
+    version: str
+    spec: str
+    """The backing storage, as mounted."""
+    state: MountState
+    direct_io: str
+    """``on`` or ``off``, and why: ``off (no O_DIRECT on this file system)``."""
+    checkpoint: str | None
+    """The file that RAM comes from."""
+    vmstate: str
+    """Whether the checkpoint holds device state, and why it can't be read now: ``none``, ``ready``, ..."""
+    restored: bool
+    """Whether all RAM is in memory and the file is not needed any more."""
+    writers: str
+    """``running``, or ``stopped`` by the command stop."""
+    qmp: str | None
+    """The QMP socket and how it stands: ``connected /run/vm1.qmp``."""
+    guest: str | None
+    """Run state of the guest behind it, in QEMU's words."""
+    overlay_bytes: int
+    """Memory that written (and fully restored) pages take."""
+    set_aside_pages: int
+    """Pages kept in their former state for the running save."""
+    waiting_readers: int
+    time_to_first_byte: int | None
+    """Milliseconds from the mount to the first page that was served."""
+    time_to_full: int | None
+    """Milliseconds from the mount to the last page that was restored."""
+    last_command: str | None
+    last_outcome: str | None
+    migration: QueryMigrate = field(default_factory=QueryMigrate)
+    """The newest save or restore."""
+    blocks: tuple[BlockStatus, ...] = ()
+    bad_page_count: int = 0
+    bad_pages: tuple[BadPage, ...] = ()
+    """The first of them."""
+
+
+def format_status(status: Status) -> str:
+    """The text of ``status``."""
+    values = {**_values(status), **_migration_values(status.migration)}
+    lines = [f"{key} {_plain(value)}" for key, value in values.items()]
+    lines += [f"bad-page {_word(bad.idstr)} {bad.page} {_plain(bad.error)}" for bad in status.bad_pages]
+    return "".join(line + "\n" for line in lines)
+
+
+def format_status_json(status: Status) -> str:
+    """The text of ``status.json``: one object."""
+    blocks = [
+        {
+            "idstr": _printable(block.idstr),
+            "file": f"ram/{encode_name(block.idstr).decode()}",
+            "page-size": block.page_size,
+            "used-length": block.used_length,
+            **_page_counts((block,)),
+        }
+        for block in status.blocks
+    ]
+    bad_pages = [
+        {"block": _printable(bad.idstr), "page": bad.page, "error": _printable(bad.error)}
+        for bad in status.bad_pages
+    ]
+    values = {key: _printable(value) if isinstance(value, str) else value for key, value in _values(status).items()}
+    document = {**values, "migration": status.migration.to_json(), "blocks": blocks, "bad-pages": bad_pages}
+    return json.dumps(document, indent=2) + "\n"
+
+
+def _values(status: Status) -> dict[str, Any]:
+    """All that is a single value, in the order in which it is shown."""
+    return {
+        "version": status.version,
+        "spec": status.spec,
+        "state": status.state,
+        "checkpoint": status.checkpoint,
+        "vmstate": status.vmstate,
+        "direct-io": status.direct_io,
+        "writers": status.writers,
+        "qmp": status.qmp,
+        "guest": status.guest,
+        "block-count": len(status.blocks),
+        **_page_counts(status.blocks),
+        "restored": status.restored,
+        "overlay-bytes": status.overlay_bytes,
+        "set-aside-pages": status.set_aside_pages,
+        "waiting-readers": status.waiting_readers,
+        "time-to-first-byte": status.time_to_first_byte,
+        "time-to-full": status.time_to_full,
+        "bad-page-count": status.bad_page_count,
+        "last-command": status.last_command,
+        "last-outcome": status.last_outcome,
+    }
+
+
+def _page_counts(blocks: tuple[BlockStatus, ...]) -> dict[str, int]:
+    return {
+        "page-count": sum(block.page_count for block in blocks),
+        "zero-pages": sum(block.zero_pages for block in blocks),
+        "checkpoint-pages": sum(block.checkpoint_pages for block in blocks),
+        "read-pages": sum(block.read_pages for block in blocks),
+        "written-pages": sum(block.written_pages for block in blocks),
+    }
+
+
+def _migration_values(migration: QueryMigrate) -> dict[str, Any]:
+    ram = migration.ram
+    return {
+        "status": migration.status,
+        "error-desc": migration.error_desc,
+        "total-time": migration.total_time,
+        "setup-time": migration.setup_time,
+        "downtime": migration.downtime,
+        "total": ram and ram.total,
+        "transferred": ram and ram.transferred,
+        "remaining": ram and ram.remaining,
+        "normal": ram and ram.normal,
+        "duplicate": ram and ram.duplicate,
+        "mbps": ram and round(ram.mbps, 2),
+    }
+
+
+def _plain(value: object) -> str:
+    """A value as the rest of a line, whatever characters a file or a user put into it."""
+    match value:
+        case None:
+            return "none"
+        case bool():
+            return "yes" if value else "no"
+        case _:
+            return _printable(str(value))
+
+
+def _printable(text: str) -> str:
+    """``text`` with all that would break a line, a terminal or an encoding written as ``\\x0a``."""
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode()
+        for character in text
+    )
+
+
+def _word(idstr: str) -> str:
+    """A block's file name as one word."""
+    return encode_name(idstr).decode().replace(" ", "%20")

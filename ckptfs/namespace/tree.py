@@ -1,0 +1,197 @@
+"""What the mount looks like, here and only here.
+
+::
+
+    ctl  status  status.json  events  vmstate      files (vmstate only where there is device state)
+    ram/NAME  pages/NAME                           one each for every RAM block
+    parameters/NAME  capabilities/NAME             one each for all that QEMU knows
+
+Inode numbers are fixed for the life of the mount: the fixed nodes have theirs, parameters and capabilities are
+numbered in QEMU's order, blocks in the order in which they were added. Sizes are no business of the tree.
+"""
+
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import Enum, auto
+from errno import EEXIST
+
+from ckptfs.errors import StateError
+from ckptfs.migration.capabilities import CAPABILITIES
+from ckptfs.migration.parameters import PARAMETERS
+from ckptfs.namespace.names import encode_name
+from ckptfs.namespace.status import BlockStatus
+
+ROOT_INODE = 1
+"""As FUSE has it."""
+
+XATTR_PREFIX = b"user.ckptfs."
+
+_FIRST_PARAMETER_INODE = 0x100
+_FIRST_CAPABILITY_INODE = 0x200
+_FIRST_BLOCK_INODE = 0x1000
+
+
+class NodeKind(Enum):
+    """What a node is; a shell has one way to open each."""
+
+    DIRECTORY = auto()
+    CTL = auto()
+    STATUS = auto()
+    STATUS_JSON = auto()
+    EVENTS = auto()
+    VMSTATE = auto()
+    RAM = auto()
+    PAGES = auto()
+    PARAMETER = auto()
+    CAPABILITY = auto()
+
+
+_WRITABLE = frozenset({NodeKind.CTL, NodeKind.RAM, NodeKind.PARAMETER, NodeKind.CAPABILITY})
+
+
+@dataclass(frozen=True)
+class Node:
+    """A directory or a file. ``subject`` is a block's idstr, or the name of a parameter or capability."""
+
+    inode: int
+    parent_inode: int
+    name: bytes
+    kind: NodeKind
+    subject: str = ""
+
+    @property
+    def is_directory(self) -> bool:
+        """Whether it can be listed."""
+        return self.kind is NodeKind.DIRECTORY
+
+
+ROOT = Node(ROOT_INODE, ROOT_INODE, b"/", NodeKind.DIRECTORY)
+CTL = Node(2, ROOT_INODE, b"ctl", NodeKind.CTL)
+STATUS = Node(3, ROOT_INODE, b"status", NodeKind.STATUS)
+STATUS_JSON = Node(4, ROOT_INODE, b"status.json", NodeKind.STATUS_JSON)
+EVENTS = Node(5, ROOT_INODE, b"events", NodeKind.EVENTS)
+VMSTATE = Node(6, ROOT_INODE, b"vmstate", NodeKind.VMSTATE)
+RAM = Node(7, ROOT_INODE, b"ram", NodeKind.DIRECTORY)
+PAGES = Node(8, ROOT_INODE, b"pages", NodeKind.DIRECTORY)
+PARAMETERS_DIR = Node(9, ROOT_INODE, b"parameters", NodeKind.DIRECTORY)
+CAPABILITIES_DIR = Node(10, ROOT_INODE, b"capabilities", NodeKind.DIRECTORY)
+
+_FIXED = [
+    ROOT,
+    CTL,
+    STATUS,
+    STATUS_JSON,
+    EVENTS,
+    VMSTATE,
+    RAM,
+    PAGES,
+    PARAMETERS_DIR,
+    CAPABILITIES_DIR,
+    *(
+        Node(_FIRST_PARAMETER_INODE + i, PARAMETERS_DIR.inode, name.encode(), NodeKind.PARAMETER, name)
+        for i, name in enumerate(PARAMETERS)
+    ),
+    *(
+        Node(_FIRST_CAPABILITY_INODE + i, CAPABILITIES_DIR.inode, name.encode(), NodeKind.CAPABILITY, name)
+        for i, name in enumerate(CAPABILITIES)
+    ),
+]
+
+
+class Tree:
+    """The nodes of one mount.
+
+    ``has_vmstate`` may change while mounted: a live checkpoint brings device state. A block's node stays once
+    it is there. Permissions are those that ``umask`` leaves; a read-only mount has no writable RAM.
+    """
+
+    def __init__(
+        self, idstrs: Iterable[str], *, has_vmstate: bool = False, read_only: bool = False, umask: int = 0o077
+    ) -> None:
+        self.has_vmstate = has_vmstate
+        self._read_only = read_only
+        self._umask = umask
+        self._nodes: dict[int, Node] = {}
+        self._children: dict[int, dict[bytes, Node]] = {}
+        self._block_count = 0
+        for node in _FIXED:
+            self._add(node)
+        for idstr in idstrs:
+            self.add_block(idstr)
+
+    def add_block(self, idstr: str) -> Node:
+        """Add a block's ram/ and pages/ files, and return the node of the former.
+
+        Raises CommandError for an idstr that cannot be a file name, StateError (EEXIST) for one that is there.
+        """
+        name = encode_name(idstr)
+        if name in self._children[RAM.inode]:
+            raise StateError(f"RAM block {idstr!r} is there already", EEXIST)
+        inode = _FIRST_BLOCK_INODE + 2 * self._block_count
+        self._block_count += 1
+        node = Node(inode, RAM.inode, name, NodeKind.RAM, idstr)
+        self._add(node)
+        self._add(Node(inode + 1, PAGES.inode, name, NodeKind.PAGES, idstr))
+        return node
+
+    def node(self, inode: int) -> Node | None:
+        """The node with that number, if it is there."""
+        return self._visible(self._nodes.get(inode))
+
+    def lookup(self, parent_inode: int, name: bytes) -> Node | None:
+        """The node of that name in a directory, if there is one; ``.`` and ``..`` too."""
+        parent = self._nodes.get(parent_inode)
+        if parent is None or not parent.is_directory:
+            return None
+        if name == b".":
+            return parent
+        if name == b"..":
+            return self._nodes[parent.parent_inode]
+        return self._visible(self._children[parent_inode].get(name))
+
+    def list(self, inode: int) -> list[Node]:
+        """All nodes in a directory, by inode number."""
+        children = sorted(self._children[inode].values(), key=lambda node: node.inode)
+        return [node for node in children if self._visible(node)]
+
+    def mode(self, node: Node) -> int:
+        """File type and permissions, as in st_mode."""
+        if node.is_directory:
+            return stat.S_IFDIR | 0o777 & ~self._umask
+        writable = node.kind in _WRITABLE and not (self._read_only and node.kind is NodeKind.RAM)
+        return stat.S_IFREG | (0o666 if writable else 0o444) & ~self._umask
+
+    def link_count(self, node: Node) -> int:
+        """As in st_nlink: a directory counts itself, its name and its subdirectories."""
+        if not node.is_directory:
+            return 1
+        return 2 + sum(child.is_directory for child in self._children[node.inode].values())
+
+    def _add(self, node: Node) -> None:
+        self._nodes[node.inode] = node
+        if node.is_directory:
+            self._children[node.inode] = {}
+        if node is not ROOT:
+            self._children[node.parent_inode][node.name] = node
+
+    def _visible(self, node: Node | None) -> Node | None:
+        return None if node is VMSTATE and not self.has_vmstate else node
+
+
+def ram_xattrs(block: BlockStatus) -> dict[bytes, bytes]:
+    """The extended attributes of ram/NAME and pages/NAME: the plain idstr, sizes and counts."""
+    values: dict[str, str | int] = {
+        "idstr": block.idstr,
+        "page_size": block.page_size,
+        "page_count": block.page_count,
+        "used_length": block.used_length,
+        "zero_pages": block.zero_pages,
+        "checkpoint_pages": block.checkpoint_pages,
+        "read_pages": block.read_pages,
+        "written_pages": block.written_pages,
+    }
+    return {
+        XATTR_PREFIX + name.encode(): str(value).encode("utf-8", "surrogateescape")
+        for name, value in values.items()
+    }
