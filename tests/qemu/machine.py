@@ -118,7 +118,7 @@ class Qemu:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Kill this QEMU, if it still runs, and wait until it is gone."""
-        with trio.CancelScope(shield=True):
+        with trio.fail_after(DEADLINE, shield=True):  # a dead mount below its RAM can make it unkillable
             if self._process.returncode is None:
                 self._process.kill()
             await self._process.wait()
