@@ -120,8 +120,8 @@ def empty_image(blocks: Sequence[tuple[str, int]], page_size: int = DEFAULT_PAGE
     Raises CheckpointError for a block that no migration file can hold.
     """
     for idstr, used_length in blocks:
-        if not 0 < len(encode_idstr(idstr)) <= 255:
-            raise CheckpointError(f"RAM block name {idstr!r} is not 1 to 255 bytes long")
+        if not 0 < len(encode_idstr(idstr)) <= 255 or "\0" in idstr:
+            raise CheckpointError(f"RAM block name {idstr!r} is not 1 to 255 bytes without a NUL")
         if used_length % page_size:
             raise CheckpointError(f"RAM block {idstr!r}: {used_length} is not a multiple of {page_size}")
     machine = "none"

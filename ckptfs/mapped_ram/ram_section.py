@@ -31,7 +31,7 @@ HEADER_VERSION = 1
 MAX_BLOCKS = 4096
 MAX_TOTAL_LENGTH = 1 << 46
 """64 TiB of RAM, or 2 GiB of bitmaps."""
-_MAX_HOST_PAGE_SIZE = 1 << 34
+_MAX_HOST_PAGE_SIZE = 1 << 30
 
 
 def read_ram_start(cursor: Cursor) -> int:
@@ -66,14 +66,16 @@ def read_block_list(cursor: Cursor, header: StreamHeader) -> tuple[RAMBlock, ...
     if flags != RAM_MEM_SIZE:
         raise CheckpointError(f"Unexpected RAM flags {flags:#x} where the list of blocks should begin", offset)
     if total > MAX_TOTAL_LENGTH:
-        raise CheckpointError(f"{total} bytes of RAM are more than {MAX_TOTAL_LENGTH}", offset)
+        raise CheckpointError(f"{total:#x} bytes of RAM are more than {MAX_TOTAL_LENGTH:#x}", offset)
     blocks: dict[str, RAMBlock] = {}
     left = total
     while left:
         offset = cursor.position
         idstr = cursor.idstr(what)
-        if not idstr or "\0" in idstr or idstr in blocks:
-            raise CheckpointError(f"RAM block name {idstr!r} is empty, unusable or occurs twice", offset)
+        if not idstr or "\0" in idstr:
+            raise CheckpointError("a RAM block's name is empty or holds a NUL byte: the list is damaged", offset)
+        if idstr in blocks:
+            raise CheckpointError(f"RAM block {idstr!r} is listed twice", offset)
         if len(blocks) == MAX_BLOCKS:
             raise CheckpointError(f"more than {MAX_BLOCKS} RAM blocks", offset)
         name = f"RAM block {idstr!r}"
@@ -116,17 +118,14 @@ def encode_block_header(page_size: int, bitmap_offset: int, pages_offset: int) -
 def _pass_host_page_size(cursor: Cursor, header: StreamHeader) -> None:
     """Pass over the be64 that follows used_length of a block of huge pages if the source had postcopy-ram on.
 
-    Nothing announces it, but it is unmistakable: a mapped-ram header begins with 0 or 1 << 32, and anything
-    else that may follow is the EOS or begins with the length of a name. QEMU refuses postcopy-ram with
-    x-ignore-shared.
+    Nothing announces it, but it is unmistakable: a mapped-ram header begins with its version, as the upper
+    half of a be64, and anything else that may follow is the EOS or begins with the length of a name. QEMU
+    refuses postcopy-ram with x-ignore-shared.
     """
+    if IGNORE_SHARED in header.capabilities:
+        return
     word = int.from_bytes(cursor.peek(8))
-    is_power_of_two = word.bit_count() == 1 and word != HEADER_VERSION << 32
-    if (
-        IGNORE_SHARED not in header.capabilities
-        and is_power_of_two
-        and header.page_size < word <= _MAX_HOST_PAGE_SIZE
-    ):
+    if word.bit_count() == 1 and header.page_size < word <= _MAX_HOST_PAGE_SIZE:
         cursor.position += 8
 
 

@@ -127,8 +127,9 @@ class SectionWalker:
             raise CheckpointError(f"section {header.idstr!r} is not in the vmdesc", file_offset)
         device = self._devices[self._next_device]
         if not device.describes(header):
-            text = f"section {header.idstr!r} stands where the vmdesc lists {device.idstr!r}"
-            raise CheckpointError(text, file_offset)
+            found = f"section {header.idstr!r} (instance {header.instance_id})"
+            listed = f"{device.idstr!r} (instance {device.instance_id})"
+            raise CheckpointError(f"{found} stands where the vmdesc lists {listed}", file_offset)
         self._next_device += 1
         return device
 
@@ -156,7 +157,7 @@ class SectionWalker:
         return self.cursor.peek(len(footer)) == footer and self._may_follow(payload_stop + len(footer))
 
     def _may_follow(self, file_offset: int) -> bool:
-        """Whether what stands at ``file_offset`` can come after a FULL section."""
+        """Whether what stands at ``file_offset`` can come after a FULL section (also in a file cut short there)."""
         self.cursor.position = file_offset
         data = self.cursor.peek(_HEADER_LENGTH)
         match data[0] if data else None:
@@ -170,12 +171,16 @@ class SectionWalker:
                 return self._may_be_next(parse_section_header(data, file_offset))
             case SectionType.COMMAND:
                 return int.from_bytes(data[1:3]) <= _MAX_COMMAND
+            case None:
+                return self.vmdesc is None
             case _:
                 return False
 
     def _may_be_next(self, header: SectionHeader | None) -> bool:
         """Whether this can be the header of the next FULL section."""
-        if header is None or header.section_id in self._section_ids:
+        if header is None:
+            return self.vmdesc is None
+        if header.section_id in self._section_ids:
             return False
         if self.vmdesc is None:
             return header.idstr.isascii() and header.idstr.isprintable() and header.idstr != ""
@@ -193,11 +198,7 @@ class SectionWalker:
             raise CheckpointError(text, header.payload_offset)
         if len(footers) > _MAX_CANDIDATES:
             return []
-        ends = [footer for footer in footers if self._may_follow(footer + 5)]
-        if not ends and footers[-1] + 5 == self.cursor.source.length:
-            text = f"the file ends right after section {header.idstr!r}: it was cut short"
-            raise CheckpointError(text, self.cursor.source.length)
-        return ends
+        return [footer for footer in footers if self._may_follow(footer + 5)]
 
     def _pass_vmdesc(self) -> None:
         """Pass over the VMDESCRIPTION, if there is one; like QEMU, do not mind one that is cut short."""
@@ -221,7 +222,7 @@ def refuse_section(cursor: Cursor, section_type: int) -> None:
     if section_type in (SectionType.PART, SectionType.END):
         section_id = cursor.be32("a section header")
         raise CheckpointError(f"a part of section {section_id} has no place here", offset)
-    raise CheckpointError(f"unknown section type {section_type:#04x}", offset)
+    raise CheckpointError(f"section type {section_type:#04x} is unknown or has no place here", offset)
 
 
 class _FooterScan:
