@@ -1,0 +1,242 @@
+"""The options of a mount: ``-o a,b=c`` as mount(8), fstab and fusermount3 pass them on.
+
+One table says what each takes; parameters and capabilities of migration are options too, from their own
+registries. ``_`` and ``-`` are the same in a name. A comma inside a value is written ``\\,``.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+
+from ckptfs.errors import CommandError
+from ckptfs.migration.address import FILE_OFFSET_MAX
+from ckptfs.migration.capabilities import CAPABILITIES, MigrationCapabilities, parse_state
+from ckptfs.migration.parameters import PARAMETERS, MigrationParameters
+from ckptfs.migration.size import parse_size
+from ckptfs.namespace.names import encode_name
+
+
+@dataclass
+class MountOptions:
+    """What a mount was asked to be. Sizes and offsets are in bytes."""
+
+    ram: dict[str, int] = field(default_factory=dict)
+    """RAM blocks of a fresh guest: used_length by idstr, in the order given."""
+    read_only: bool = False
+    qmp: str | None = None
+    prefetch: bool = False
+    image_offset: int = 0
+    parameters: MigrationParameters = field(default_factory=MigrationParameters)
+    capabilities: MigrationCapabilities = field(default_factory=MigrationCapabilities)
+    backends: list[str] = field(default_factory=list)
+    """Idstrs of the blocks that QEMU has as memory backends; empty: found by the default rule."""
+    shared: dict[str, str] = field(default_factory=dict)
+    """Path of the RAM file by the idstr of a block that the checkpoint leaves out."""
+    fdset: dict[int, list[int]] = field(default_factory=dict)
+    """Inherited descriptors by the id of their set."""
+    fd: dict[str, int] = field(default_factory=dict)
+    """Inherited descriptors by the NAME of ``fd:NAME``."""
+    allow_other: bool = False
+    uid: int | None = None
+    gid: int | None = None
+    umask: int = 0o077
+    foreground: bool = False
+    log: str | None = None
+    """``syslog`` or the path of a file; None: standard error in the foreground, syslog in a daemon."""
+    debug: bool = False
+
+
+def parse_options(texts: Iterable[str]) -> MountOptions:
+    """The options of all ``-o`` arguments together; of an option that is given twice, the last one counts.
+
+    Raises CommandError naming the option and the value.
+    """
+    options = MountOptions()
+    for text in texts:
+        for name, value in split_options(text):
+            _apply(options, name, value)
+    return options
+
+
+def split_options(text: str) -> list[tuple[str, str | None]]:
+    """(name, value) for each option in ``text``; the value is None without a ``=``."""
+    pairs = []
+    for item in re.findall(r"(?:\\.|[^,\\]|\\$)+", text, re.DOTALL):
+        plain = re.sub(r"\\([,\\])", r"\1", item)
+        name, equals, value = plain.partition("=")
+        pairs.append((name, value if equals else None))
+    return pairs
+
+
+def _apply(options: MountOptions, name: str, value: str | None) -> None:
+    if _IGNORED.fullmatch(name):
+        return
+    try:
+        _setter(name.replace("_", "-"))(options, value)
+    except CommandError as error:
+        item = name if value is None else f"{name}={value}"
+        raise CommandError(f"mount option '{item}': {error}", error.errno) from None
+
+
+def _setter(name: str) -> "_Setter":
+    if name in PARAMETERS:
+        return _parameter(name)
+    if name in CAPABILITIES:
+        return _capability(name)
+    if name in _OPTIONS:
+        return _OPTIONS[name]
+    likely = get_close_matches(name, [*_OPTIONS, *PARAMETERS, *CAPABILITIES], 1)
+    raise CommandError("no such option" + (f" (did you mean {likely[0]}?)" if likely else ""))
+
+
+# ---- what an option takes ------------------------------------------------------------------------------
+
+_Setter = Callable[[MountOptions, str | None], None]
+
+
+def _parameter(name: str) -> _Setter:
+    def apply(options: MountOptions, value: str | None) -> None:
+        options.parameters = options.parameters.set(name, PARAMETERS[name].parse(_required(value)))
+
+    return apply
+
+
+def _capability(name: str) -> _Setter:
+    def apply(options: MountOptions, value: str | None) -> None:
+        options.capabilities = options.capabilities.set(name, parse_state(_required(value)))
+
+    return apply
+
+
+def _switch(attribute: str, state: bool = True) -> _Setter:
+    """A word alone."""
+
+    def apply(options: MountOptions, value: str | None) -> None:
+        if value is not None:
+            raise CommandError("it takes no value")
+        setattr(options, attribute, state)
+
+    return apply
+
+
+def _one(attribute: str, parse: Callable[[str], object]) -> _Setter:
+    """``=VALUE``."""
+
+    def apply(options: MountOptions, value: str | None) -> None:
+        setattr(options, attribute, parse(_required(value)))
+
+    return apply
+
+
+def _several(attribute: str) -> _Setter:
+    """``=VALUE:VALUE``, and again for more."""
+
+    def apply(options: MountOptions, value: str | None) -> None:
+        getattr(options, attribute).extend(item for item in _required(value).split(":") if item)
+
+    return apply
+
+
+def _entry(attribute: str, parse: Callable[[str], tuple[object, object]]) -> _Setter:
+    """``=KEY:VALUE``, and again for more."""
+
+    def apply(options: MountOptions, value: str | None) -> None:
+        key, entry = parse(_required(value))
+        entries = getattr(options, attribute)
+        if key in entries:
+            raise CommandError(f"'{key}' is given twice")
+        entries[key] = entry
+
+    return apply
+
+
+def _required(value: str | None) -> str:
+    if not value:
+        raise CommandError("it takes a value, after '='")
+    return value
+
+
+def _parse_ram(text: str) -> tuple[str, int]:
+    idstr, _, size = text.rpartition(":")
+    if not idstr:
+        raise CommandError("it is ID:SIZE")
+    encode_name(idstr)
+    return idstr, _parse_file_size(size)
+
+
+def _parse_file_size(text: str) -> int:
+    try:
+        size = parse_size(text)
+    except CommandError as error:
+        raise CommandError(f"bad size '{text}': {error}") from None
+    if size > FILE_OFFSET_MAX:
+        raise CommandError(f"bad size '{text}': no file is that large")
+    return size
+
+
+def _parse_shared(text: str) -> tuple[str, str]:
+    idstr, _, path = text.partition(":/")  # an idstr may hold colons
+    if not idstr or not path:
+        raise CommandError("it is ID:PATH, an absolute one")
+    return idstr, f"/{path}"
+
+
+def _parse_fdset(text: str) -> tuple[int, list[int]]:
+    set_id, *descriptors = (_parse_number(item) for item in text.split(":"))
+    if not descriptors:
+        raise CommandError("it is ID:FD[:FD...]")
+    return set_id, descriptors
+
+
+def _parse_fd(text: str) -> tuple[str, int]:
+    name, _, descriptor = text.rpartition(":")
+    if not name:
+        raise CommandError("it is NAME:FD")
+    return name, _parse_number(descriptor)
+
+
+def _parse_number(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text):
+        raise CommandError(f"'{text}' is not a number")
+    return int(text)
+
+
+def _parse_id(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,10}", text) or int(text) >= (1 << 32) - 1:
+        raise CommandError("it is a number, not a name")
+    return int(text)
+
+
+def _parse_umask(text: str) -> int:
+    if not re.fullmatch(r"0?[0-7]{1,3}", text):
+        raise CommandError("it is an octal number up to 0777")
+    return int(text, 8)
+
+
+_OPTIONS: dict[str, _Setter] = {
+    "ram": _entry("ram", _parse_ram),
+    "ro": _switch("read_only"),
+    "rw": _switch("read_only", False),
+    "qmp": _one("qmp", str),
+    "prefetch": _one("prefetch", parse_state),
+    "image-offset": _one("image_offset", _parse_file_size),
+    "backends": _several("backends"),
+    "shared": _entry("shared", _parse_shared),
+    "fdset": _entry("fdset", _parse_fdset),
+    "fd": _entry("fd", _parse_fd),
+    "allow-other": _switch("allow_other"),
+    "uid": _one("uid", _parse_id),
+    "gid": _one("gid", _parse_id),
+    "umask": _one("umask", _parse_umask),
+    "foreground": _switch("foreground"),
+    "log": _one("log", str),
+    "debug": _switch("debug"),
+}
+"""All options of ours but those of the registries."""
+
+_IGNORED = re.compile(
+    "(no)?(auto|users?|owner|group|exec|suid|dev|atime|diratime|relatime|strictatime|lazytime|mand)"
+    "|nofail|a?sync|dirsync|silent|loud|defaults|_netdev|comment|[xX]-.*"
+)
+"""Words for mount(8), systemd and udev: every helper gets them, and drops them."""
