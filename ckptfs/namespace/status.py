@@ -60,16 +60,16 @@ class Status:
     state: MountState
     direct_io: str
     """``on`` or ``off``, and why: ``off (no O_DIRECT on this file system)``."""
-    checkpoint: str | None
-    """The file that RAM comes from."""
-    vmstate: str
-    """Whether the checkpoint holds device state, and why it can't be read now: ``none``, ``ready``, ..."""
+    base: str | None
+    """The checkpoint that RAM comes from."""
+    has_vmstate: bool
+    """Whether that holds device state."""
     restored: bool
     """Whether all RAM is in memory and the file is not needed any more."""
     writers: str
     """``running``, or ``stopped`` by the command stop."""
-    qmp: str | None
-    """The QMP socket and how it stands: ``connected /run/vm1.qmp``."""
+    qmp: str
+    """The QMP socket and how it stands: ``connected /run/vm1.qmp``; ``none``."""
     guest: str | None
     """Run state of the guest behind it, in QEMU's words."""
     overlay_bytes: int
@@ -126,8 +126,8 @@ def _values(status: Status) -> dict[str, Any]:
         "version": status.version,
         "spec": status.spec,
         "state": status.state,
-        "checkpoint": status.checkpoint,
-        "vmstate": status.vmstate,
+        "base": status.base,
+        "vmstate": status.has_vmstate,
         "direct-io": status.direct_io,
         "writers": status.writers,
         "qmp": status.qmp,
