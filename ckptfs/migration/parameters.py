@@ -348,6 +348,8 @@ class MigrationParameters:
         multifd-channels (for the next one).
         """
         parameter = find_parameter(name)
+        if type(value) is not type(parameter.default):
+            raise TypeError(f"{name} is a {type(parameter.default).__name__}, not {value!r}")
         if running and not parameter.while_running:
             raise StateError(f"There's a migration process in progress: {name} can be set after it")
         changes: dict[str, Any] = {parameter.field_name: value, "explicit": self.explicit | {name}}
