@@ -26,19 +26,21 @@ When nothing is left to evict, every page is held by the daemon alone, and whoev
 import errno
 import os
 import struct
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import trio
 
 from ckptfs.errors import StateError
+from ckptfs.qemu.backends import RAMFile
 
 PATIENCE = 0.005
 """Seconds that a READ in the range which is evicted just now waits for the eviction to end."""
 
 SETTLE_DEADLINE = 20.0
 PIECE_LENGTH = 64 << 20
+WARM_LENGTH = 4 << 20
 
 _FUSE_NOTIFY_INVAL_INODE = 2
 _NOTIFICATION = struct.Struct("=IiQQqq")  # fuse_out_header, fuse_notify_inval_inode_out (linux/fuse.h)
@@ -147,45 +149,89 @@ def _pieces(file: FileRange) -> list[FileRange]:
     return [FileRange(file.inode, start, min(start + length, file.stop)) for start in reversed(starts)]
 
 
+class RAMFiles(Protocol):
+    """What the page cache has to know of the files in ram/."""
+
+    def file_of(self, idstr: str) -> tuple[FileRange, str]:
+        """Inode number, length in bytes and path of a block's file."""
+        ...
+
+    def files(self, idstrs: Iterable[str]) -> list[RAMFile]:
+        """The same as stat(2) tells files apart."""
+        ...
+
+    def ram_may_be_mapped(self) -> bool:
+        """Whether any is open for reading and writing, without which there is no shared writable mapping."""
+        ...
+
+
 class KernelPageCache:
-    """The kernel's page cache of the files in ram/, as `guest.PageCache` wants it.
+    """The kernel's page cache of the files in ram/, as `guest.PageCache` wants it."""
 
-    ``file_of`` tells inode number, length in bytes and path of a block's file; ``may_be_mapped`` whether
-    any process holds one open for reading and writing, without which there is no shared writable mapping.
-    """
-
-    def __init__(
-        self,
-        file_of: Callable[[str], tuple[FileRange, str]],
-        may_be_mapped: Callable[[], bool],
-        device: int,
-    ) -> None:
-        self._file_of = file_of
-        self._may_be_mapped = may_be_mapped
+    def __init__(self, ram: RAMFiles, device: int) -> None:
+        self._ram = ram
         self._device = device
         self._fuse_fd = _find_fuse_descriptor()
         self.settling: Settling | None = None
 
+    def files(self, idstrs: Iterable[str]) -> list[RAMFile]:
+        """The files that the blocks are seen as."""
+        return self._ram.files(idstrs)
+
     async def flush(self, idstrs: list[str]) -> None:
         """Have every page that was dirtied through mmap written to the daemon (fsync, in a worker thread)."""
-        if self._may_be_mapped():
-            paths = [self._file_of(idstr)[1] for idstr in idstrs]
+        if self._ram.ram_may_be_mapped():
+            paths = [self._ram.file_of(idstr)[1] for idstr in idstrs]
             await trio.to_thread.run_sync(self._fsync, paths)
 
     @asynccontextmanager
     async def settled(self, idstrs: list[str]) -> AsyncIterator[None]:
         """Within this, the daemon holds the newest content of every page, and nothing can change it."""
-        if not self._may_be_mapped():
+        if not self._ram.ram_may_be_mapped():
             yield
             return
         await self.flush(idstrs)  # in large runs; evicting alone writes back page by page
-        self.settling = Settling([self._file_of(idstr)[0] for idstr in idstrs], self._evict)
+        self.settling = Settling([self._ram.file_of(idstr)[0] for idstr in idstrs], self._evict)
         try:
             await self.settling.evict_all()
             yield
         finally:
             self.settling.release()
             self.settling = None
+
+    async def forget(self, idstrs: Iterable[str]) -> None:
+        """Have the kernel drop what it holds: the content has changed below it."""
+        for idstr in idstrs:
+            await trio.to_thread.run_sync(self._evict, self._ram.file_of(idstr)[0])
+
+    async def warm(self, idstrs: list[str], start: int, length: int | None, channel_count: int) -> int:
+        """Bring bytes of files into the cache, ``channel_count`` requests at a time; return how many bytes.
+
+        They are read through the mount itself, in worker threads, so that pages which the kernel holds already,
+        perhaps newer than the daemon knows, stay as they are.
+        """
+        pieces = (piece for idstr in idstrs for piece in self._pieces(idstr, start, length))
+        warmed = 0
+
+        async def warm_pieces() -> None:
+            nonlocal warmed
+            for path, at, stop in pieces:
+                warmed += await trio.to_thread.run_sync(self._read, path, at, stop - at)
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(channel_count):
+                nursery.start_soon(warm_pieces)
+        return warmed
+
+    def _pieces(self, idstr: str, start: int, length: int | None) -> Iterator[tuple[str, int, int]]:
+        file, path = self._ram.file_of(idstr)
+        stop = file.stop if length is None else min(file.stop, start + length)
+        for at in range(start, stop, WARM_LENGTH):
+            yield path, at, min(at + WARM_LENGTH, stop)
+
+    def _read(self, path: str, start: int, length: int) -> int:
+        with open(path, "rb", buffering=0) as file:
+            return len(os.pread(file.fileno(), length, start))
 
     def _fsync(self, paths: list[str]) -> None:
         for path in paths:

@@ -41,6 +41,9 @@ log = logging.getLogger(__name__)
 PAGE_SIZE = 4096
 """Page size of a fresh guest in bytes."""
 
+MAX_BLOCK_LENGTH = 1 << 44
+"""Largest RAM block in bytes (16 TiB): its bitmaps take half a gigabyte each."""
+
 BAD_PAGES_KEPT = 64
 _ZEROS = memoryview(bytes(2 << 20))
 
@@ -63,12 +66,17 @@ class PageCache(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class Machine:
-    """The QEMU that runs on this RAM: where its monitor is, and as whom to connect to it."""
+    """The QEMU that runs on this RAM: where its monitor is, as whom to connect to it, and how it was last seen.
+
+    ``state`` is "waiting" until it was once reached, then "connected" or "lost".
+    """
 
     qmp_path: str
     identity: Identity
+    state: str = "waiting"
+    run_state: str | None = None
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,8 @@ class Guest:
         self.blocks = {block.idstr: block for block in blocks}
         self.base = base
         self.page_size = page_size
+        self.direct_io = None if base is None else base.direct_io
+        """Whether pages went past the page cache of the backing file when it was last used."""
         self.read_only = False
         self.restored = False
         """Whether all RAM is in memory, so that no backing file is needed."""
@@ -100,6 +110,11 @@ class Guest:
         self.page_cache: PageCache | None = None
         self.mount_device = -1
         self.bad_pages: dict[tuple[str, int], str] = {}
+        self.waiting_readers = 0
+        """Reads that wait for the backing storage just now."""
+        self.first_byte_at: float | None = None
+        self.full_at: float | None = None
+        """When the first page was served from the base, and when the last was restored (trio's clock)."""
         self._writers_may_go = trio.Event()
         self._writers_may_go.set()
 
@@ -114,24 +129,57 @@ class Guest:
     @classmethod
     def incoming(cls, base: Base) -> "Guest":
         """A guest whose RAM is ``base``, restored as it is read."""
-        page_size = base.checkpoint.page_size
-        blocks = [
-            GuestBlock(block.idstr, block.page_count, page_size, base.blocks.get(block.idstr))
-            for block in base.checkpoint.blocks
-        ]
-        return cls(blocks, base, page_size)
+        guest = cls([], None, base.checkpoint.page_size)
+        guest.fill(base)
+        return guest
 
-    def add_block(self, idstr: str, used_length: int) -> GuestBlock:
-        """Give a fresh guest one more RAM block, of zero pages."""
+    def fill(self, base: Base) -> list[str]:
+        """Make ``base`` what RAM is restored from; return the blocks that are new with it."""
+        self.refuse_filled()
+        self.page_size = base.checkpoint.page_size
+        self.base = base
+        self.direct_io = base.direct_io
+        for block in base.checkpoint.blocks:
+            base_block = base.blocks.get(block.idstr)
+            self.blocks[block.idstr] = GuestBlock(block.idstr, block.page_count, self.page_size, base_block)
+        return list(self.blocks)
+
+    def refuse_filled(self) -> None:
+        """Only an empty guest can be filled from a checkpoint."""
+        if self.blocks or self.base is not None:
+            raise StateError("this mount has RAM already: mount `none` to fill it from a checkpoint", errno.EEXIST)
+
+    def add_block(self, idstr: str, used_length: int) -> None:
+        """Give a fresh guest one more RAM block, of zero pages; of no pages until `resize_block` if need be."""
+        self._refuse_fixed(idstr)
+        self.blocks[idstr] = GuestBlock(idstr, self._page_count(idstr, used_length), self.page_size)
+
+    def resize_block(self, idstr: str, used_length: int) -> None:
+        """Give a block of a fresh guest another size; what lay beyond it is gone, what is new is zero."""
+        block = self.blocks[idstr]
+        if used_length != block.used_length:
+            self._refuse_fixed(idstr)
+            if self.migration.running:
+                raise StateError(f"{idstr}: a {self.migration.kind} is running")
+            block.resize(self._page_count(idstr, used_length))
+
+    def _page_count(self, idstr: str, used_length: int) -> int:
+        if used_length % self.page_size:
+            raise CommandError(f"{idstr}: size {used_length} is not a multiple of the page size, {self.page_size}")
+        if used_length > MAX_BLOCK_LENGTH:
+            raise CommandError(f"{idstr}: size {used_length} is more than {MAX_BLOCK_LENGTH}", errno.EFBIG)
+        return used_length // self.page_size
+
+    def _refuse_fixed(self, idstr: str) -> None:
         if self.base is not None:
-            raise StateError(f"{idstr}: the RAM blocks of a restored guest are fixed", errno.EPERM)
-        if used_length <= 0 or used_length % self.page_size:
-            raise CommandError(
-                f"{idstr}: size {used_length} is not a positive multiple of the page size, {self.page_size}"
-            )
-        block = GuestBlock(idstr, used_length // self.page_size, self.page_size)
-        self.blocks[idstr] = block
-        return block
+            raise StateError(f"{idstr}: the RAM blocks of a guest that has a checkpoint are fixed", errno.EPERM)
+
+    def close(self) -> None:
+        """Give everything back."""
+        for block in self.blocks.values():
+            block.close()
+        if self.base is not None and not self.restored:
+            self.base.close()
 
     # ---- reading and writing RAM -------------------------------------------------------------------
 
@@ -175,7 +223,11 @@ class Guest:
         """Return pages [start, stop) as the base has them, zeros where it has none."""
         while (base := self.base) is not None and block.stack.base is not None:
             try:
-                data = await base.fetch(block.idstr, start, stop, self.page_size, urgent=True)
+                self.waiting_readers += 1
+                try:
+                    data = await base.fetch(block.idstr, start, stop, self.page_size, urgent=True)
+                finally:
+                    self.waiting_readers -= 1
             except BadPagesError as error:
                 self._note_bad_pages(error)
                 raise
@@ -185,6 +237,8 @@ class Guest:
                 continue  # a save put a new base in its place meanwhile
             for run in block.stack.base.file_bmap.runs(start, stop):
                 block.received.set(*run)
+            if self.first_byte_at is None:
+                self.first_byte_at = trio.current_time()
             return data
         return memoryview(bytes((stop - start) * self.page_size))
 
@@ -399,7 +453,7 @@ class Guest:
         """RAM of one moment and device state of another would be a checkpoint that corrupts its guest."""
         if request.ram_only or not self.machine_ran or not self.has_device_state:
             return
-        if any(block.written.any(0, block.page_count) for block in self.blocks.values()):
+        if self.has_written:
             raise StateError(
                 "a machine has run on this RAM, so the device state of the checkpoint is older than RAM: "
                 "bind its QMP socket (qmp SOCKET) to save both, or say `save ram-only`, or `reset`",
@@ -450,10 +504,11 @@ class Guest:
                 self.base, list(self.blocks.values()), self.parameters.multifd_channels, migration.progress
             )
             self.restored = True
+            self.full_at = trio.current_time()
             self.base.close()
         return f"restored {self.base.path}: {migration.summary()}"
 
-    async def reset(self) -> str:
+    def reset(self) -> str:
         """Drop every written page: RAM is the checkpoint again.
 
         The caller sees to it that nobody writes meanwhile, and that the kernel forgets what it holds.
@@ -463,7 +518,36 @@ class Guest:
         dropped = sum(block.written.count() for block in self.blocks.values())
         for block in self.blocks.values():
             block.reset()
+        self.machine_ran = False
         return f"{dropped} written pages dropped"
+
+    @property
+    def has_written(self) -> bool:
+        """Whether any page was written since the base."""
+        return any(block.written.any(0, block.page_count) for block in self.blocks.values())
+
+    @property
+    def writers_run(self) -> bool:
+        """Whether writers of RAM are let through."""
+        return self._writers_may_go.is_set()
+
+    def hold_writers(self) -> None:
+        """Let whoever writes RAM wait."""
+        if self.writers_run:
+            self._writers_may_go = trio.Event()
+
+    def let_writers_go(self) -> None:
+        """Let them go on."""
+        self._writers_may_go.set()
+
+    @property
+    def direct_io_state(self) -> str:
+        """``on`` or ``off``, and why it is off though it was not switched off."""
+        if not self.parameters.direct_io:
+            return "off"
+        if self.direct_io is False:
+            return "off: the file system does not support O_DIRECT"
+        return "on"
 
 
 def leading_error(error: BaseException) -> BaseException:

@@ -18,10 +18,11 @@ class Layer:
     def __init__(self, idstr: str, page_count: int, page_size: int) -> None:
         self._page_size = page_size
         self.present = PagesBitmap(page_count)
+        length = page_count * page_size
         self._fd = os.memfd_create(f"ckptfs:{idstr[:200]}", os.MFD_CLOEXEC)
         try:
-            os.ftruncate(self._fd, page_count * page_size)
-            self._memory = mmap.mmap(self._fd, page_count * page_size)
+            os.ftruncate(self._fd, length)
+            self._memory = mmap.mmap(self._fd, length or mmap.PAGESIZE)  # no mapping can be empty
         except BaseException:
             os.close(self._fd)
             raise

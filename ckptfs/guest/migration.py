@@ -7,6 +7,7 @@ import trio
 from ckptfs.guest.outgoing import Progress
 from ckptfs.migration.status import RUNNING, MigrationStatus, next_status
 
+
 @dataclass
 class Migration:
     """One migration (``kind`` "save" or "restore") to or from ``uri``; times are trio's clock, in seconds."""

@@ -266,6 +266,7 @@ def _bitmap_byteorder(header: StreamHeader) -> Byteorder:
 __all__ = [
     "Checkpoint",
     "Section",
+    "finish_checkpoint",
     "for_capabilities",
     "read_checkpoint",
     "read_device_state",

@@ -47,15 +47,16 @@ class MountOptions:
     debug: bool = False
 
 
-def parse_options(texts: Iterable[str]) -> MountOptions:
+def parse_options(texts: Iterable[str], *, sloppy: bool = False) -> MountOptions:
     """The options of all ``-o`` arguments together; of an option that is given twice, the last one counts.
 
-    Raises CommandError naming the option and the value.
+    Raises CommandError naming the option and the value; ``sloppy`` (mount -s) passes over unknown ones.
     """
     options = MountOptions()
     for text in texts:
         for name, value in split_options(text):
-            _apply(options, name, value)
+            if not (sloppy and not _is_known(name)):
+                _apply(options, name, value)
     return options
 
 
@@ -88,6 +89,11 @@ def _setter(name: str) -> "_Setter":
         return _OPTIONS[name]
     likely = get_close_matches(name, [*_OPTIONS, *PARAMETERS, *CAPABILITIES], 1)
     raise CommandError("no such option" + (f" (did you mean {likely[0]}?)" if likely else ""))
+
+
+def _is_known(name: str) -> bool:
+    key = name.replace("_", "-")
+    return key in PARAMETERS or key in CAPABILITIES or key in _OPTIONS
 
 
 # ---- what an option takes ------------------------------------------------------------------------------

@@ -1,0 +1,204 @@
+"""mount.ckptfs: mount the RAM of a guest, by hand or as the helper of mount(8)."""
+
+import argparse
+import contextlib
+import errno
+import logging
+import logging.handlers
+import os
+import stat
+import sys
+from typing import NoReturn
+
+import trio
+
+from ckptfs.channels.identity import Identity
+from ckptfs.errors import CheckpointError, CkptfsError, CommandError
+from ckptfs.fuse.control import describe
+from ckptfs.fuse.daemon import Starter, harden, run_in_background
+from ckptfs.fuse.mount import Mount
+from ckptfs.guest.guest import Guest, Machine
+from ckptfs.guest.opening import open_checkpoint
+from ckptfs.migration.address import FileMigrationArgs, parse_target
+from ckptfs.namespace.options import MountOptions, parse_options
+
+EXIT_USAGE = 1
+EXIT_SYSTEM = 2
+EXIT_MOUNT = 32
+
+log = logging.getLogger(__name__)
+
+
+class _Parser(argparse.ArgumentParser):
+    """mount(8) wants 1 for wrong usage, and a user one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"mount.ckptfs: {message} (mount.ckptfs --help tells more)", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="mount.ckptfs",
+        description="Mount a virtual machine's memory: a checkpoint in QEMU's mapped-ram format, or fresh RAM.",
+    )
+    parser.add_argument("spec", metavar="SPEC", help="checkpoint file: PATH, file:PATH[,offset=SIZE], or none")
+    parser.add_argument("directory", metavar="DIR", help="where to mount it")
+    parser.add_argument("-o", dest="options", action="append", default=[], metavar="OPT[,OPT...]")
+    parser.add_argument("-s", dest="sloppy", action="store_true", help="ignore options that are not known")
+    parser.add_argument("-f", dest="fake", action="store_true", help="check everything, mount nothing")
+    parser.add_argument("-n", action="store_true", help="ignored: there is no mtab to write")
+    parser.add_argument("-v", action="store_true", help="ignored: success is silent")
+    parser.add_argument("-N", metavar="NAMESPACE", help="mount in another mount namespace (a path)")
+    parser.add_argument("-t", metavar="TYPE", help="ignored: the type is ckptfs")
+    return parser
+
+
+def main() -> int:
+    """Run mount.ckptfs; returns mount(8)'s exit code."""
+    arguments = _parser().parse_args()
+    try:
+        options = parse_options(arguments.options, sloppy=arguments.sloppy)
+        spec = _parse_spec(arguments.spec, options)
+    except CkptfsError as error:
+        print(f"mount.ckptfs: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    try:
+        if arguments.N:
+            _enter_namespace(arguments.N)
+        directory = os.path.abspath(arguments.directory)
+        _check_mount_point(directory)
+        _check_fuse()
+    except (CkptfsError, OSError) as error:
+        print(f"mount.ckptfs: {describe(error)}", file=sys.stderr)
+        return EXIT_MOUNT
+
+    def serve(starter: Starter) -> int:
+        return _serve(starter, arguments.spec, spec, directory, options, fake=arguments.fake)
+
+    return serve(Starter(None)) if options.foreground or arguments.fake else run_in_background(serve)
+
+
+def _serve(
+    starter: Starter,
+    source: str,
+    spec: FileMigrationArgs | None,
+    directory: str,
+    options: MountOptions,
+    *,
+    fake: bool,
+) -> int:
+    """Open the guest and serve it until umount."""
+    try:
+        _start_logging(options)
+        harden()
+        guest = open_guest(spec, options)
+    except CheckpointError as error:
+        starter.failed(EXIT_MOUNT, f"{spec.filename if spec else source}: {error}")
+    except (CkptfsError, OSError) as error:
+        starter.failed(EXIT_MOUNT, describe(error))
+    if fake:
+        return 0
+    mount = Mount(guest, directory, source, options, spec)
+    try:
+        trio.run(mount.serve, starter)
+    except BaseException as error:
+        log.exception("%s: the daemon ends", directory)
+        starter.failed(EXIT_SYSTEM, f"{directory}: {error}")
+    return 0
+
+
+def _parse_spec(text: str, options: MountOptions) -> FileMigrationArgs | None:
+    """SPEC as an absolute path and an offset; None for ``none``."""
+    if text == "none":
+        return None
+    target = parse_target(text)
+    if not isinstance(target, FileMigrationArgs):
+        raise CommandError(f"{text}: SPEC is a file: PATH, file:PATH[,offset=SIZE], or none")
+    if target.offset and options.image_offset:
+        raise CommandError(f"{text}: its offset is given twice, image_offset={options.image_offset} too")
+    return FileMigrationArgs(os.path.abspath(target.filename), target.offset or options.image_offset or 0)
+
+
+def open_guest(spec: FileMigrationArgs | None, options: MountOptions) -> Guest:
+    """The guest that SPEC and the options describe: incoming, fresh, or empty.
+
+    Raises CheckpointError for a bad file, CommandError where SPEC and ram= contradict one another, or OSError.
+    """
+    guest = _open_ram(spec, options)
+    guest.read_only = options.read_only
+    guest.parameters = options.parameters
+    guest.capabilities = options.capabilities
+    if options.qmp is not None:
+        guest.machine = Machine(os.path.abspath(options.qmp), Identity.of_daemon())
+    return guest
+
+
+def _open_ram(spec: FileMigrationArgs | None, options: MountOptions) -> Guest:
+    exists = spec is not None and os.path.lexists(spec.filename)
+    if spec is None or not exists:
+        if spec is not None and not options.ram:
+            raise CommandError(
+                f"{spec.filename}: no such file; if this is to be a new guest, say how much RAM it has: "
+                "-o ram=pc.ram:1G",
+                errno.ENOENT,
+            )
+        return Guest.fresh(list(options.ram.items()))
+    if options.ram:
+        raise CommandError(
+            f"{spec.filename}: is there already; mount it without ram=, or give a new guest another file",
+            errno.EEXIST,
+        )
+    return Guest.incoming(open_checkpoint(spec.filename, spec.offset, Identity.of_daemon(), options.parameters))
+
+
+def _check_mount_point(directory: str) -> None:
+    try:
+        mode = os.stat(directory).st_mode
+    except OSError as error:
+        if error.errno == errno.ENOTCONN:
+            raise CommandError(f"{directory}: a dead mount is there; `umount {directory}` first") from None
+        raise
+    if not stat.S_ISDIR(mode):
+        raise CommandError(f"{directory}: is not a directory")
+
+
+def _check_fuse() -> None:
+    if not os.path.exists("/dev/fuse"):
+        raise CommandError("/dev/fuse is not there: load the kernel module (modprobe fuse)")
+
+
+def _enter_namespace(path: str) -> None:
+    """mount(8) -N: everything from here on happens in another mount namespace."""
+    with contextlib.suppress(AttributeError):
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            os.setns(fd, os.CLONE_NEWNS)  # type: ignore[attr-defined,unused-ignore] # Python 3.12
+        finally:
+            os.close(fd)
+        return
+    raise CommandError("-N needs Python 3.12 or later")
+
+
+def _start_logging(options: MountOptions) -> None:
+    """Log to the terminal in the foreground, else to syslog, or to where log= says."""
+    handler: logging.Handler
+    form = "%(asctime)s mount.ckptfs[%(process)d]: %(levelname)s: %(message)s"
+    if options.log not in (None, "syslog"):
+        handler = logging.FileHandler(os.path.abspath(str(options.log)))
+    elif options.foreground and options.log is None:
+        handler = logging.StreamHandler()
+    elif os.path.exists("/dev/log"):
+        handler = logging.handlers.SysLogHandler("/dev/log", logging.handlers.SysLogHandler.LOG_DAEMON)
+        form = "mount.ckptfs[%(process)d]: %(levelname)s: %(message)s"
+    else:
+        handler = logging.NullHandler()
+    handler.setFormatter(logging.Formatter(form))
+    root = logging.getLogger()
+    root.addHandler(handler)
+    root.setLevel(logging.WARNING)
+    logging.getLogger("ckptfs").setLevel(logging.DEBUG if options.debug else logging.INFO)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,265 @@
+"""What the words on ctl do: one command in, one line out.
+
+The grammar is `namespace.ctl`; here every typed command has its method, found in one table.
+"""
+
+import errno
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from ckptfs.channels.identity import Identity
+from ckptfs.errors import CkptfsError, CommandError, StateError
+from ckptfs.fuse.report import describe_mount, query_migrate
+from ckptfs.guest.guest import Machine, SaveRequest
+from ckptfs.migration.address import FileMigrationArgs, SeekableAddress
+from ckptfs.migration.capabilities import format_state, parse_state
+from ckptfs.migration.parameters import ParameterValue, find_parameter
+from ckptfs.namespace import ctl
+from ckptfs.namespace.names import decode_name
+from ckptfs.namespace.status import Status
+from ckptfs.qemu.monitor import connected
+
+if TYPE_CHECKING:
+    from ckptfs.fuse.mount import Mount
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a command ended: what is read back from ctl, and the errno of its write (0: fine)."""
+
+    line: bytes
+    errno: int = 0
+
+
+def errno_of(error: CkptfsError | OSError) -> int:
+    """The errno that a system call on the mount returns for an error of ours or of the system's."""
+    return error.errno or errno.EIO
+
+
+def describe(error: CkptfsError | OSError) -> str:
+    """One line for the user."""
+    if isinstance(error, OSError):
+        text = error.strerror or str(error)
+        return text if error.filename is None else f"{os.fsdecode(error.filename)}: {text}"
+    return str(error)
+
+
+class Control:
+    """Runs commands on a mount. ``nursery`` is where those go on that need not be waited for."""
+
+    def __init__(self, mount: "Mount", nursery: trio.Nursery) -> None:
+        self._mount = mount
+        self._guest = mount.guest
+        self._nursery = nursery
+        self.last = Outcome(b"")
+        self.last_command: str | None = None
+
+    async def execute(self, text: bytes, identity: Identity) -> Outcome:
+        """Run the command in ``text`` for ``identity``; raises nothing but trio.Cancelled."""
+        outcome = await self._outcome(text, identity)
+        self.last = outcome
+        self.last_command = text[:200].decode(errors="replace").strip()
+        return outcome
+
+    async def _outcome(self, text: bytes, identity: Identity) -> Outcome:
+        try:
+            command = ctl.parse_command(text)
+            answer = await _METHODS[type(command)](self, command, identity)
+            return Outcome(answer.encode(errors="surrogateescape") + b"\n")
+        except (CkptfsError, OSError) as error:
+            log.info("ctl: %r: %s", text[:200], describe(error))
+            return Outcome(f"error: {describe(error)}\n".encode(errors="surrogateescape"), errno_of(error))
+        except Exception:
+            log.exception("ctl: %r", text[:200])
+            return Outcome(b"error: internal error, see the log\n", errno.EIO)
+
+    # ---- commands ----------------------------------------------------------------------------------
+
+    async def _save(self, command: ctl.Save, identity: Identity) -> str:
+        request = self._save_request(command, identity)
+        if not command.nowait:
+            return f"ok {await self._guest.save(request)}"
+        self._refuse_busy()
+        self._go_on(lambda: self._guest.save(request))
+        return f"ok saving to {request.path} in the background: follow it in status"
+
+    def _save_request(self, command: ctl.Save, identity: Identity) -> SaveRequest:
+        target = command.target or self._mount.spec
+        if target is None:
+            raise CommandError("there is no file behind this mount (none): say where to save, as in `save /PATH`")
+        path, offset = self._path(target, identity)
+        return SaveRequest(path, offset, identity, command.ram_only)
+
+    def _path(self, address: SeekableAddress, identity: Identity) -> tuple[str, int]:
+        """The absolute path of a file; a relative one is meant from where the writer of ctl stands."""
+        if not isinstance(address, FileMigrationArgs):
+            raise CommandError(f"fd:{address.name}: no descriptor of that name was handed to this mount")
+        if os.path.isabs(address.filename):
+            return address.filename, address.offset
+        if identity.working_directory is None:
+            raise CommandError(f"{address.filename}: give the whole path, beginning with /", errno.ENOENT)
+        return os.path.join(identity.working_directory, address.filename), address.offset
+
+    def _refuse_busy(self) -> None:
+        if self._guest.migration.running:
+            raise StateError(f"a {self._guest.migration.kind} is running: wait for it, or cancel it")
+
+    def _go_on(self, work: Callable[[], Awaitable[str]]) -> None:
+        """Run something that nobody waits for; its outcome is in status and in the log."""
+
+        async def run() -> None:
+            try:
+                log.info("%s", await work())
+            except (CkptfsError, OSError) as error:
+                log.error("in the background: %s", describe(error))
+            except Exception:
+                log.exception("in the background")
+
+        self._nursery.start_soon(run)
+
+    async def _migrate_incoming(self, command: ctl.MigrateIncoming, identity: Identity) -> str:
+        path, offset = self._path(command.source, identity)
+        await self._mount.fill(path, offset, identity)
+        return f"ok incoming from {path}"
+
+    async def _cancel(self, command: ctl.Cancel, identity: Identity) -> str:
+        return f"ok {await self._guest.cancel()}"
+
+    async def _restore(self, command: ctl.Restore, identity: Identity) -> str:
+        return f"ok {await self._guest.restore()}"
+
+    def start_restore(self) -> None:
+        """Begin to restore in the background (mount option prefetch=on)."""
+        self._go_on(self._guest.restore)
+
+    async def _prefetch(self, command: ctl.Prefetch, identity: Identity) -> str:
+        guest = self._guest
+        idstrs = list(guest.blocks) if command.name is None else [decode_name(os.fsencode(command.name))]
+        for idstr in idstrs:
+            if idstr not in guest.blocks:
+                raise CommandError(f"there is no ram/{command.name}", errno.ENOENT)
+        length = await self._mount.page_cache.warm(
+            idstrs, command.start, command.length, guest.parameters.multifd_channels
+        )
+        return f"ok {length} bytes are in the page cache"
+
+    async def _reset(self, command: ctl.Reset, identity: Identity) -> str:
+        if self._mount.operations.ram_is_written():
+            raise StateError("a program holds a file in ram/ open for writing: end it first")
+        answer = self._guest.reset()
+        await self._mount.page_cache.forget(self._guest.blocks)
+        return f"ok {answer}"
+
+    async def _set_capability(self, command: ctl.SetCapability, identity: Identity) -> str:
+        self._change_capability(command.name, command.state)
+        return f"ok {command.name} {format_state(command.state)}"
+
+    async def _set_parameter(self, command: ctl.SetParameter, identity: Identity) -> str:
+        self._change_parameter(command.name, command.value)
+        return f"ok {command.name} {self._guest.parameters.get(command.name)}"
+
+    async def _info(self, command: ctl.Info, identity: Identity) -> str:
+        match command.topic:
+            case ctl.InfoTopic.MIGRATE:
+                return query_migrate(self._guest.migration, self._guest.page_size).info().rstrip("\n")
+            case ctl.InfoTopic.MIGRATE_PARAMETERS:
+                return self._guest.parameters.info().rstrip("\n")
+            case ctl.InfoTopic.MIGRATE_CAPABILITIES:
+                return self._guest.capabilities.info().rstrip("\n")
+
+    async def _stop(self, command: ctl.Stop, identity: Identity) -> str:
+        if await self._machine_does("stop"):
+            return "ok the guest is stopped"
+        self._guest.hold_writers()
+        return "ok writers of ram/ wait until `cont`"
+
+    async def _cont(self, command: ctl.Cont, identity: Identity) -> str:
+        if await self._machine_does("cont"):
+            return "ok the guest goes on"
+        self._guest.let_writers_go()
+        return "ok writers of ram/ go on"
+
+    async def _machine_does(self, what: str) -> bool:
+        machine = self._guest.machine
+        if machine is None:
+            return False
+        async with connected(machine.qmp_path, machine.identity) as monitor:
+            await monitor.execute(what)
+        return True
+
+    async def _qmp(self, command: ctl.Qmp, identity: Identity) -> str:
+        self._refuse_busy()
+        if command.socket is None:
+            self._guest.machine = None
+            return "ok no QEMU is bound"
+        path, _ = self._path(FileMigrationArgs(command.socket), identity)
+        self._guest.machine = Machine(path, identity)
+        return f"ok bound to {path}"
+
+    async def _loglevel(self, command: ctl.LogLevel, identity: Identity) -> str:
+        logging.getLogger("ckptfs").setLevel(command.level.upper())
+        return f"ok logging from {command.level} on"
+
+    async def _help(self, command: ctl.Help, identity: Identity) -> str:
+        return ctl.help_text(command.word).rstrip("\n")
+
+    # ---- settings: the files in parameters/ and capabilities/ --------------------------------------
+
+    def set_parameter(self, name: str, data: bytes) -> None:
+        """Set a parameter from what was written to its file: bytes, not MiB."""
+        self._change_parameter(name, find_parameter(name).parse(_one_line(data)))
+
+    def set_capability(self, name: str, data: bytes) -> None:
+        """Switch a capability from what was written to its file."""
+        self._change_capability(name, parse_state(_one_line(data)))
+
+    def capability_text(self, name: str) -> bytes:
+        """What the file of a capability holds."""
+        return f"{format_state(self._guest.capabilities.get(name))}\n".encode()
+
+    def _change_parameter(self, name: str, value: ParameterValue) -> None:
+        guest = self._guest
+        guest.parameters = guest.parameters.set(name, value, running=guest.migration.running)
+
+    def _change_capability(self, name: str, state: bool) -> None:
+        guest = self._guest
+        guest.capabilities = guest.capabilities.set(name, state, running=guest.migration.running)
+
+    # ---- status ------------------------------------------------------------------------------------
+
+    def status(self) -> Status:
+        """A snapshot of the mount."""
+        outcome = self.last.line.decode(errors="replace").strip() or None
+        return describe_mount(self._mount, self.last_command, outcome)
+
+
+def _one_line(data: bytes) -> str:
+    try:
+        return data.decode().strip()
+    except UnicodeDecodeError:
+        raise CommandError("a value is UTF-8 text") from None
+
+
+_METHODS: dict[type, Callable[[Control, Any, Identity], Awaitable[str]]] = {
+    ctl.Save: Control._save,
+    ctl.MigrateIncoming: Control._migrate_incoming,
+    ctl.Cancel: Control._cancel,
+    ctl.Restore: Control._restore,
+    ctl.Prefetch: Control._prefetch,
+    ctl.Reset: Control._reset,
+    ctl.SetCapability: Control._set_capability,
+    ctl.SetParameter: Control._set_parameter,
+    ctl.Info: Control._info,
+    ctl.Stop: Control._stop,
+    ctl.Cont: Control._cont,
+    ctl.Qmp: Control._qmp,
+    ctl.LogLevel: Control._loglevel,
+    ctl.Help: Control._help,
+}

@@ -1,0 +1,159 @@
+"""What an open file does: one class for each kind of node.
+
+A handle translates between FUSE's requests and the guest; it decides nothing.
+"""
+
+import errno
+import os
+import select
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pyfuse3 import FileInfo, FUSEError, PollHandle
+
+from ckptfs.channels.identity import Identity
+from ckptfs.fuse.control import Control
+from ckptfs.fuse.page_cache import FileRange, KernelPageCache
+from ckptfs.guest.block import GuestBlock
+from ckptfs.guest.guest import Guest
+
+Buffer = bytes | memoryview
+
+
+@dataclass(frozen=True)
+class Opener:
+    """Who opened a file, and how (open(2) flags; fuse_in_header: the thread's pid, uid, gid)."""
+
+    flags: int
+    pid: int
+    uid: int
+    gid: int
+
+    @property
+    def writes(self) -> bool:
+        """Whether the file was opened for writing."""
+        return self.flags & os.O_ACCMODE != os.O_RDONLY
+
+    def identity(self) -> Identity:
+        """The process as one whom the daemon can act for."""
+        return Identity.of_process(self.pid, self.uid, self.gid)
+
+
+class Handle:
+    """An open file. The defaults are those of a file that can be neither read nor written."""
+
+    direct_io = True
+    """Whether the kernel must ask for every read: True for all files that change by themselves."""
+
+    def __init__(self, inode: int, opener: Opener) -> None:
+        self.inode = inode
+        self.opener = opener
+
+    def file_info(self, fh: int) -> FileInfo:
+        """What the kernel is told about this open file."""
+        return FileInfo(fh=fh, direct_io=self.direct_io, keep_cache=not self.direct_io)
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """Return up to ``length`` bytes from ``offset`` on; fewer only at the end."""
+        raise FUSEError(errno.EACCES)
+
+    async def write(self, offset: int, data: bytes) -> int:
+        """Write and return how many bytes were taken."""
+        raise FUSEError(errno.EACCES)
+
+    def poll(self, poll_handle: PollHandle | None) -> int:
+        """Return the poll(2) events that are there now; keep ``poll_handle`` to tell of later ones."""
+        return select.POLLIN | select.POLLOUT
+
+    def release(self) -> None:
+        """The last descriptor and the last mapping of it are gone."""
+
+
+class TextHandle(Handle):
+    """A text as it was when the file was opened: status, status.json, and whatever is computed whole."""
+
+    def __init__(self, inode: int, opener: Opener, text: bytes) -> None:
+        super().__init__(inode, opener)
+        self._text = text
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        return self._text[offset : offset + length]
+
+
+class RAMHandle(Handle):
+    """ram/NAME: the guest's memory, cached by the kernel."""
+
+    direct_io = False
+
+    def __init__(
+        self, inode: int, opener: Opener, guest: Guest, block: GuestBlock, page_cache: KernelPageCache
+    ) -> None:
+        super().__init__(inode, opener)
+        self._guest = guest
+        self._block = block
+        self._page_cache = page_cache
+
+    @property
+    def may_map_shared(self) -> bool:
+        """Whether pages can be dirtied through a shared mapping of this handle (mmap(2): O_RDWR only)."""
+        return self.opener.flags & os.O_ACCMODE == os.O_RDWR
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        settling = self._page_cache.settling
+        if settling is not None:
+            await settling.admit(FileRange(self.inode, offset, offset + length), writing=False)
+        return await self._guest.read(self._block, offset, length)
+
+    async def write(self, offset: int, data: bytes) -> int:
+        settling = self._page_cache.settling
+        if settling is not None:
+            await settling.admit(FileRange(self.inode, offset, offset + len(data)), writing=True)
+        return await self._guest.write(self._block, offset, data)
+
+
+class PagesHandle(Handle):
+    """pages/NAME: one byte a page, computed as it is read."""
+
+    def __init__(self, inode: int, opener: Opener, block: GuestBlock) -> None:
+        super().__init__(inode, opener)
+        self._block = block
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        stop = min(offset + length, self._block.page_count)
+        if offset >= stop:
+            return b""
+        return self._block.page_states(offset, stop).tobytes()
+
+
+class ControlHandle(Handle):
+    """ctl: one command a write; the answer is read from the same open file, wherever its position is."""
+
+    def __init__(self, inode: int, opener: Opener, control: Control) -> None:
+        super().__init__(inode, opener)
+        self._control = control
+        self._identity = opener.identity()
+        self._answer = control.last.line
+
+    async def write(self, offset: int, data: bytes) -> int:
+        self._answer = b""
+        outcome = await self._control.execute(data, self._identity)
+        self._answer = outcome.line
+        if outcome.errno:
+            raise FUSEError(outcome.errno)
+        return len(data)
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        part, self._answer = self._answer[:length], self._answer[length:]
+        return part
+
+
+class SettingHandle(TextHandle):
+    """parameters/NAME and capabilities/NAME: the value, one line; a write sets it."""
+
+    def __init__(self, inode: int, opener: Opener, text: bytes, change: Callable[[bytes], None]) -> None:
+        super().__init__(inode, opener, text)
+        self._change = change
+
+    async def write(self, offset: int, data: bytes) -> int:
+        self._change(data)
+        return len(data)

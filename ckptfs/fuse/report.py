@@ -1,0 +1,98 @@
+"""What a mount tells about itself: the snapshot behind status, and query-migrate's answer."""
+
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from ckptfs.guest.block import GuestBlock, PageState
+from ckptfs.guest.guest import Guest
+from ckptfs.guest.migration import Migration
+from ckptfs.migration.query import MigrationStats, QueryMigrate
+from ckptfs.migration.status import MigrationStatus
+from ckptfs.namespace.status import BadPage, BlockStatus, MountState, Status
+
+if TYPE_CHECKING:
+    from ckptfs.fuse.mount import Mount
+
+_VERSION = version("ckptfs")
+
+
+def describe_block(block: GuestBlock) -> BlockStatus:
+    """How a block's pages stand."""
+    counts = block.page_counts()
+    return BlockStatus(
+        block.idstr,
+        block.page_size,
+        block.page_count,
+        counts[PageState.ZERO],
+        counts[PageState.IN_CHECKPOINT],
+        counts[PageState.READ],
+        counts[PageState.WRITTEN],
+    )
+
+
+def query_migrate(migration: Migration, page_size: int) -> QueryMigrate:
+    """The newest migration in QEMU's words: times in milliseconds, sizes in bytes."""
+    if migration.status is MigrationStatus.NONE:
+        return QueryMigrate()
+    progress = migration.progress
+    seconds = migration.total_time()
+    ram = MigrationStats(
+        transferred=progress.transferred,
+        remaining=progress.remaining_pages * page_size,
+        total=progress.total_pages * page_size,
+        duplicate=progress.zero_pages,
+        normal=progress.normal_pages,
+        normal_bytes=progress.normal_pages * page_size,
+        mbps=progress.transferred * 8 / seconds / 1e6 if seconds else 0.0,
+        dirty_sync_count=1,
+        page_size=page_size,
+        multifd_bytes=progress.transferred,
+        pages_per_second=int(progress.normal_pages / seconds) if seconds else 0,
+    )
+    return QueryMigrate(
+        status=migration.status,
+        total_time=round(seconds * 1000),
+        downtime=None if migration.downtime is None else round(migration.downtime * 1000),
+        setup_time=None if migration.active is None else round((migration.active - migration.started) * 1000),
+        error_desc=migration.error,
+        ram=ram,
+    )
+
+
+def describe_mount(mount: "Mount", last_command: str | None, last_outcome: str | None) -> Status:
+    """A moment of the mount."""
+    guest = mount.guest
+    blocks = tuple(describe_block(block) for block in guest.blocks.values())
+    held = sum(
+        layer.present.count() * block.page_size for block in guest.blocks.values() for layer in block.stack.layers
+    )
+    set_aside = sum(layer.present.count() for block in guest.blocks.values() for layer in block.stack.written[1:])
+    return Status(
+        version=_VERSION,
+        spec=mount.source,
+        state=_state(guest),
+        migration=query_migrate(guest.migration, guest.page_size),
+        base=None if guest.base is None else guest.base.path,
+        has_vmstate=guest.has_device_state,
+        direct_io=guest.direct_io_state,
+        writers="running" if guest.writers_run else "stopped",
+        qmp="none" if guest.machine is None else f"{guest.machine.state} {guest.machine.qmp_path}",
+        guest=None if guest.machine is None else guest.machine.run_state,
+        restored=guest.restored,
+        overlay_bytes=held,
+        set_aside_pages=set_aside,
+        waiting_readers=guest.waiting_readers,
+        time_to_first_byte=mount.milliseconds_since(guest.first_byte_at),
+        time_to_full=mount.milliseconds_since(guest.full_at),
+        blocks=blocks,
+        bad_pages=tuple(BadPage(idstr, page, error) for (idstr, page), error in guest.bad_pages.items()),
+        bad_page_count=len(guest.bad_pages),
+        last_command=last_command,
+        last_outcome=last_outcome,
+    )
+
+
+def _state(guest: Guest) -> MountState:
+    if not guest.migration.running:
+        return MountState.IDLE
+    return MountState.SAVING if guest.migration.kind == "save" else MountState.RESTORING
