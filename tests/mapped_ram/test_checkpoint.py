@@ -250,7 +250,7 @@ BROKEN = [
     Broken("version 2", "version", be32(2), "version 2"),
     Broken("version 4", "version", be32(4), "version 4"),
     Broken("no configuration", "configuration", b"\1", "Configuration section missing"),
-    Broken("machine name too long", "machine.length", be32(1 << 31), "machine name"),
+    Broken("machine name too long", "machine.length", be32(1 << 31), "2147483648 bytes is not believable"),
     Broken("unknown capability", "capabilities", b"mapped-ran", "'mapped-ran' is unknown", 37),
     Broken("capability count", "capabilities", be32(2), "unknown or listed twice", 32),
     Broken("many capabilities", "capabilities", be32(1 << 30), "not believable", 32),
@@ -407,25 +407,33 @@ def test_two_blocks_of_one_name_are_refused():
         read(SMALL, blocks=[Block("pc.ram", 1), Block("pc.ram", 1)])
 
 
+ONE_SECTION = b"\4" + be32(100) + b"\1d" + bytes(8)
+
+
 @pytest.mark.parametrize(
-    "device_state",
+    ("device_state", "text"),
     [
-        b"\x08\0\0\0\0" * 1_000_000,
-        b"".join(b"\4" + be32(100 + i) + b"\1d" + bytes(8) + b"\x7e" + be32(100 + i) for i in range(40_000)),
-        b"\4" + be32(100) + b"\1d" + bytes(8) + (b"\x7e" + be32(100) + b"\4") * 1_000_000,
-        b"\0\6\0\0\0\2{}" * 1_000_000,
-        b"\0\6\0\0\0\x08{}}}}}}}" * 500_000,
+        (b"\x08\0\0\0\0" * 1_000_000, "more than 4096 commands"),
+        (
+            b"".join(b"\4" + be32(i) + b"\1d" + bytes(8) + b"\x7e" + be32(i) for i in range(10, 40_000)),
+            "more than 16384",
+        ),
+        (ONE_SECTION + (b"\x7e" + be32(100) + b"\4") * 1_000_000, None),
+        (ONE_SECTION + b"\x7e" * 1_000_000, "has no footer"),
+        (b"\0\6\0\0\0\2{}" * 1_000_000, None),
+        (b"\0\6\0\0\0\x08{}}}}}}}" * 500_000, None),
     ],
-    ids=["commands", "sections", "footers", "vmdescs", "broken vmdescs"],
+    ids=["commands", "sections", "footers", "no footers", "vmdescs", "broken vmdescs"],
 )
-def test_files_made_to_take_long_do_not(device_state):
+def test_files_made_to_take_long_do_not(device_state, text):
     data, marks = SMALL.build()
     source = BytesSource(data[: marks["device_state"]] + device_state)
-    try:
+    if text is None:
         checkpoint, _ = read_checkpoint(source)
-    except CheckpointError:
-        return
-    assert checkpoint.opaque or checkpoint.sections == ()
+        assert checkpoint.opaque or checkpoint.sections == ()
+    else:
+        with pytest.raises(CheckpointError, match=text):
+            read_checkpoint(source)
 
 
 @pytest.mark.parametrize(

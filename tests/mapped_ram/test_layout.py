@@ -1,5 +1,6 @@
 """What is laid out is read back the same, wherever it is put."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from ckptfs.errors import CheckpointError
 from ckptfs.mapped_ram.checkpoint import read_checkpoint, read_device_state, read_setup
 from ckptfs.mapped_ram.layout import empty_image, image_of, layout
 from ckptfs.mapped_ram.stream import BytesSource
+from ckptfs.mapped_ram.vmdesc import with_capabilities
 from tests.doubles.migration_file import Block, Device, MigrationFile
 
 
@@ -106,6 +108,15 @@ def test_only_the_vmdesc_changes_when_capabilities_do():
     assert composed.capabilities == ("mapped-ram",)
     assert composed.vmdesc["devices"] == checkpoint.vmdesc["devices"]
     assert composed.vmdesc["configuration"]["subsections"][0]["vmsd_name"] == "configuration/capabilities"
+
+
+def test_other_subsections_keep_their_place_in_the_vmdesc():
+    names = [f"configuration/{name}" for name in ("target-page-bits", "capabilities", "uuid", "else")]
+    configuration = {"subsections": [1, *({"vmsd_name": name} for name in names)]}
+    for capabilities, expected in [((), [names[0], names[2]]), (("mapped-ram",), names[:3])]:
+        section = with_capabilities({"configuration": configuration, "devices": []}, "pc", capabilities)
+        described = json.loads(section[5:])["configuration"]
+        assert [subsection["vmsd_name"] for subsection in described["subsections"]] == expected
 
 
 def test_a_vmdesc_without_configuration_is_only_copied():
