@@ -56,9 +56,7 @@ def pread_exactly(fd: int, buffer: memoryview, file_offset: int) -> None:
         count = os.preadv(fd, [buffer[done:]], file_offset + done)
         if count == 0:
             raise StorageError(f"the file ends at byte {file_offset + done:#x}, inside a page that it lists")
-        done += count
-        if done < len(buffer):
-            done -= done % DIRECT_IO_ALIGNMENT  # an O_DIRECT transfer can only go on at an aligned place
+        done += count if done + count == len(buffer) else _to_go_on_from(count)
 
 
 def pread(fd: int, length: int, file_offset: int) -> bytes:
@@ -86,7 +84,7 @@ def pwritev_all(fd: int, views: Sequence[memoryview], file_offset: int) -> None:
         if count < written:
             if count == 0:
                 raise StorageError(f"nothing could be written at byte {file_offset:#x}", errno.ENOSPC)
-            count -= count % DIRECT_IO_ALIGNMENT
+            count = _to_go_on_from(count)
         file_offset += count
         queue = _without_first(queue, count)
 
@@ -98,6 +96,14 @@ def pwrite_all(fd: int, data: bytes, file_offset: int) -> None:
         count = os.pwrite(fd, view, file_offset)
         file_offset += count
         view = view[count:]
+
+
+def _to_go_on_from(count: int) -> int:
+    """How much of a short transfer counts: one with O_DIRECT can only go on at an aligned place.
+
+    What is shorter than that counts as it is (a full disk, the end of the file), or there would be no end.
+    """
+    return count - count % DIRECT_IO_ALIGNMENT or count
 
 
 def _without_first(views: list[memoryview], count: int) -> list[memoryview]:
