@@ -1,5 +1,6 @@
 import gc
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -74,7 +75,7 @@ def test_no_two_buffers_that_are_out_share_a_byte() -> None:
     buffers = AlignedBuffers(keep=2)
     views = [buffers.take(BUFFER_LENGTH) for _ in range(8)]
     starts = sorted(address(view) for view in views)
-    assert all(later - earlier >= BUFFER_LENGTH for earlier, later in zip(starts, starts[1:], strict=False))
+    assert all(later - earlier >= BUFFER_LENGTH for earlier, later in pairwise(starts))
 
 
 def test_only_some_idle_buffers_are_kept() -> None:
