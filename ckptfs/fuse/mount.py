@@ -36,6 +36,7 @@ from ckptfs.namespace.options import MountOptions
 from ckptfs.namespace.status import format_status, format_status_json
 from ckptfs.namespace.tree import Node, NodeKind, Tree, ram_xattrs
 from ckptfs.qemu.backends import RAMFile
+from ckptfs.qemu.users import ram_users
 
 log = logging.getLogger(__name__)
 
@@ -66,16 +67,19 @@ class Mount:
         )
         self.mounted_at_ns = time.time_ns()
         self._mounted_at = 0.0
-        self.tree = Tree(
-            guest.blocks,
-            has_vmstate=guest.has_device_state,
-            read_only=options.read_only,
-            umask=options.umask,
-        )
+        self._tree = Tree(guest.blocks, read_only=options.read_only, umask=options.umask)
         self.operations = Operations(self)
         self.source = source
         self.control: Control
         self.page_cache: KernelPageCache
+
+    @property
+    def tree(self) -> Tree:
+        """What there is now: a live checkpoint brings device state, `save ram-only` loses it."""
+        self._tree.has_vmstate = self.guest.has_device_state
+        for idstr in list(self.guest.blocks)[self._tree.block_count :]:
+            self._tree.add_block(idstr)
+        return self._tree
 
     # ---- what the handlers ask ---------------------------------------------------------------------
 
@@ -103,9 +107,10 @@ class Mount:
         """Make a RAM block of a fresh guest, without a size yet."""
         if parent_inode != nodes.RAM.inode:
             raise CommandError(f"{name!r}: files can be made in ram/ only", errno.EPERM)
-        idstr = decode_name(name)
-        self.guest.add_block(idstr, 0)
-        return self.tree.add_block(idstr)
+        self.guest.add_block(decode_name(name), 0)
+        node = self.tree.lookup(parent_inode, name)
+        assert node is not None
+        return node
 
     def truncate(self, node: Node, length: int) -> None:
         """Give a RAM block its size; a shell truncates ctl and settings before it writes them: no matter."""
@@ -119,9 +124,7 @@ class Mount:
         parameters, device = self.guest.parameters, self.guest.mount_device
         self.guest.refuse_filled()
         base = await trio.to_thread.run_sync(open_checkpoint, path, stream_offset, identity, parameters, device)
-        for idstr in self.guest.fill(base):
-            self.tree.add_block(idstr)
-        self.tree.has_vmstate = self.guest.has_device_state
+        self.guest.fill(base)
 
     async def open(self, node: Node, opener: Opener) -> Handle:
         """Open a node: the one place that knows which handle is whose."""
@@ -150,7 +153,24 @@ class Mount:
                 return SettingHandle(
                     inode, opener, text, lambda data: self.control.set_capability(node.subject, data)
                 )
+            case NodeKind.VMSTATE:
+                return TextHandle(inode, opener, await self._vmstate(opener))
         raise StateError(f"{node.name!r} can't be opened", errno.EACCES)
+
+    async def _vmstate(self, opener: Opener) -> bytes:
+        """The stream that starts a machine on this RAM, for whoever has this RAM as his own."""
+        guest = self.guest
+        await self.page_cache.flush(list(guest.blocks))  # the kernel may hold pages that a machine has written
+        left_out = guest.left_out(self.options.backends)
+        users = await trio.to_thread.run_sync(ram_users, opener.pid, self.files(left_out))
+        try:
+            stream = await guest.vmstate(left_out, users)
+        except StateError as error:
+            log.warning("vmstate was refused to process %d: %s", opener.pid, error)
+            guest.vmstate_refusal = str(error)
+            raise
+        guest.vmstate_refusal = None
+        return stream
 
     def milliseconds_since(self, moment: float | None) -> int | None:
         """From the mount to ``moment`` on trio's clock."""

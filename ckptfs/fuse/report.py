@@ -73,7 +73,7 @@ def describe_mount(mount: "Mount", last_command: str | None, last_outcome: str |
         state=_state(guest),
         migration=query_migrate(guest.migration, guest.page_size),
         base=None if guest.base is None else guest.base.path,
-        has_vmstate=guest.has_device_state,
+        vmstate=_vmstate(guest),
         direct_io=guest.direct_io_state,
         writers="running" if guest.writers_run else "stopped",
         qmp="none" if guest.machine is None else f"{guest.machine.state} {guest.machine.qmp_path}",
@@ -96,3 +96,11 @@ def _state(guest: Guest) -> MountState:
     if not guest.migration.running:
         return MountState.IDLE
     return MountState.SAVING if guest.migration.kind == "save" else MountState.RESTORING
+
+
+def _vmstate(guest: Guest) -> str:
+    if not guest.has_device_state:
+        return "none"
+    if guest.vmstate_refusal is not None:
+        return f"refused: {guest.vmstate_refusal}"
+    return "stale: pages were written since the checkpoint" if guest.has_written else "ready"

@@ -9,7 +9,7 @@ import contextlib
 import errno
 import logging
 import os
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Collection, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,19 +22,22 @@ from ckptfs.channels.identity import Identity
 from ckptfs.channels.target import SaveTarget
 from ckptfs.errors import CommandError, QemuError, StateError, StorageError
 from ckptfs.guest.base import BadPagesError, Base
-from ckptfs.guest.block import Content, GuestBlock
+from ckptfs.guest.block import BaseBlock, Content, GuestBlock, PageStack
 from ckptfs.guest.incoming import restore_blocks
 from ckptfs.guest.layer import Layer
 from ckptfs.guest.live import compose
 from ckptfs.guest.migration import Migration
 from ckptfs.guest.outgoing import Epoch, SaveOptions, write_checkpoint
 from ckptfs.mapped_ram.layout import Image, empty_image
+from ckptfs.mapped_ram.precopy import vmstate_stream
 from ckptfs.migration.capabilities import MigrationCapabilities
+from ckptfs.migration.outgoing import page_chunks
 from ckptfs.migration.parameters import MigrationParameters, ZeroPageDetection
 from ckptfs.migration.status import MigrationStatus
-from ckptfs.qemu.backends import RAMFile, check_backends
+from ckptfs.qemu.backends import RAMFile, check_backends, is_backend
 from ckptfs.qemu.live import capture
 from ckptfs.qemu.monitor import connected
+from ckptfs.qemu.users import RAMUsers
 
 log = logging.getLogger(__name__)
 
@@ -107,6 +110,8 @@ class Guest:
         self.machine: Machine | None = None
         self.machine_ran = False
         """Whether a machine has been started from the base's device state, or was when it was taken."""
+        self.vmstate_refusal: str | None = None
+        """Why vmstate was last refused."""
         self.page_cache: PageCache | None = None
         self.mount_device = -1
         self.bad_pages: dict[tuple[str, int], str] = {}
@@ -133,8 +138,8 @@ class Guest:
         guest.fill(base)
         return guest
 
-    def fill(self, base: Base) -> list[str]:
-        """Make ``base`` what RAM is restored from; return the blocks that are new with it."""
+    def fill(self, base: Base) -> None:
+        """Make ``base`` what RAM is restored from."""
         self.refuse_filled()
         self.page_size = base.checkpoint.page_size
         self.base = base
@@ -142,7 +147,6 @@ class Guest:
         for block in base.checkpoint.blocks:
             base_block = base.blocks.get(block.idstr)
             self.blocks[block.idstr] = GuestBlock(block.idstr, block.page_count, self.page_size, base_block)
-        return list(self.blocks)
 
     def refuse_filled(self) -> None:
         """Only an empty guest can be filled from a checkpoint."""
@@ -314,15 +318,21 @@ class Guest:
         for idstr, frozen in epoch.stacks.items():
             if idstr not in epoch.carried:
                 self.blocks[idstr].rebase(frozen, base.blocks[idstr], keep_restored=self.restored)
-            elif idstr in self.blocks:
-                self.blocks[idstr].replace(frozen, base.blocks[idstr], keep_restored=self.restored)
             else:
-                frozen.written[0].close()
+                self._take_over(idstr, frozen, base.blocks[idstr])
         self.base = base
         if self.restored:
             base.close()
         elif former is not None:
             former.close()
+        if epoch.carried and self.page_cache is not None:
+            await self.page_cache.forget(epoch.carried)
+
+    def _take_over(self, idstr: str, carried: PageStack, base_block: BaseBlock) -> None:
+        """A block that the machine handed over: its file, if it has one, shows that from now on."""
+        if idstr not in self.blocks:
+            self.blocks[idstr] = GuestBlock(idstr, carried.page_count, self.page_size)
+        self.blocks[idstr].replace(carried, base_block, keep_restored=self.restored)
 
     async def _keep_in_memory(self, epoch: Epoch) -> None:
         """A guest that was restored as a whole stays independent of any file: its pages stay in memory."""
@@ -492,6 +502,46 @@ class Guest:
 
     async def _wait_for_bandwidth(self, length: int) -> None:
         del length
+
+    def left_out(self, backends: Collection[str]) -> list[str]:
+        """The blocks that a machine has as memory backends on this mount, so that its stream leaves them out.
+
+        ``backends`` if any are named; by default those that look like main memory (`is_backend`).
+        """
+        return [idstr for idstr in self.blocks if (idstr in backends if backends else is_backend(idstr))]
+
+    async def vmstate(self, left_out: list[str], users: RAMUsers) -> bytes:
+        """The stream from which stock QEMU starts on this RAM (`-incoming file:DIR/vmstate`).
+
+        Raises StateError (EPERM), saying what to do, where RAM and device state would not belong together:
+        QEMU itself would start such a guest without a word, and corrupt it.
+        """
+        if self.base is None:
+            raise StateError("there is no checkpoint behind this mount", errno.ENOENT)
+        if self.has_written:
+            raise StateError(
+                "pages were written since the checkpoint, so its device state does not belong to this RAM: "
+                "`reset` drops them, `save` makes a new checkpoint",
+                errno.EPERM,
+            )
+        missing = [idstr for idstr in left_out if idstr not in users.holds]
+        if missing:
+            raise StateError(
+                f"the process does not have {', '.join(missing)} of this mount as its RAM: "
+                "start QEMU with the arguments that `ckptfs qemu-args` prints",
+                errno.EPERM,
+            )
+        pages = [
+            (idstr, run.start, bytes(await self.read(block, run.start * self.page_size, length)))
+            for idstr, block in self.blocks.items()
+            if idstr not in left_out
+            for runs in page_chunks(block.stack.with_data())
+            for run in runs
+            if (length := (run.stop - run.start) * self.page_size)
+        ]
+        stream = vmstate_stream(self.base.checkpoint, left_out, pages, self.base.setup, self.base.device_state)
+        self.machine_ran = self.machine_ran or bool(users.maps_shared)
+        return stream
 
     async def restore(self) -> str:
         """Bring in everything that only the checkpoint has; after that its file is not needed any more."""

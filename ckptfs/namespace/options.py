@@ -188,6 +188,13 @@ def _parse_shared(text: str) -> tuple[str, str]:
     return idstr, f"/{path}"
 
 
+def _parse_backends(text: str) -> tuple[str, ...]:
+    ids = tuple(text.split(":"))
+    if not all(ids):
+        raise CommandError("it is ID[:ID...]")
+    return ids
+
+
 def _parse_fdset(text: str) -> tuple[int, list[int]]:
     set_id, *descriptors = (_parse_number(item) for item in text.split(":"))
     if not descriptors:

@@ -62,8 +62,8 @@ class Status:
     """``on`` or ``off``, and why: ``off (no O_DIRECT on this file system)``."""
     base: str | None
     """The checkpoint that RAM comes from."""
-    has_vmstate: bool
-    """Whether that holds device state."""
+    vmstate: str
+    """Whether that holds device state that a machine can be started from: ``none``, ``ready``, or why not."""
     restored: bool
     """Whether all RAM is in memory and the file is not needed any more."""
     writers: str
@@ -127,7 +127,7 @@ def _values(status: Status) -> dict[str, Any]:
         "spec": status.spec,
         "state": status.state,
         "base": status.base,
-        "vmstate": status.has_vmstate,
+        "vmstate": status.vmstate,
         "direct-io": status.direct_io,
         "writers": status.writers,
         "qmp": status.qmp,

@@ -114,7 +114,7 @@ class Tree:
         self._umask = umask
         self._nodes: dict[int, Node] = {}
         self._children: dict[int, dict[bytes, Node]] = {}
-        self._block_count = 0
+        self.block_count = 0
         for node in _FIXED:
             self._add(node)
         for idstr in idstrs:
@@ -128,8 +128,8 @@ class Tree:
         name = encode_name(idstr)
         if name in self._children[RAM.inode]:
             raise StateError(f"RAM block {idstr!r} is there already", EEXIST)
-        inode = _FIRST_BLOCK_INODE + 2 * self._block_count
-        self._block_count += 1
+        inode = _FIRST_BLOCK_INODE + 2 * self.block_count
+        self.block_count += 1
         node = Node(inode, RAM.inode, name, NodeKind.RAM, idstr)
         self._add(node)
         self._add(Node(inode + 1, PAGES.inode, name, NodeKind.PAGES, idstr))
