@@ -108,9 +108,9 @@ class Channels:
         try:
             return await trio.to_thread.run_sync(run, abandon_on_cancel=True, limiter=self._limiter)
         finally:
-            if duty:
-                # cancelled before the thread was started; if it is just starting, its pop fails instead
-                self._release(duty.pop())
+            with contextlib.suppress(IndexError):  # the thread had it, or takes it just now
+                duty.pop()  # cancelled before the thread was started: if it is just starting, its pop fails
+                self._release(channel)
 
     async def _next_idle(self, urgent: bool) -> Channel:
         if self._closed:
