@@ -22,7 +22,6 @@ from ckptfs.migration.parameters import ParameterValue, find_parameter
 from ckptfs.namespace import ctl
 from ckptfs.namespace.names import decode_name
 from ckptfs.namespace.status import Status
-from ckptfs.qemu.monitor import connected
 
 if TYPE_CHECKING:
     from ckptfs.fuse.mount import Mount
@@ -190,7 +189,7 @@ class Control:
         machine = self._guest.machine
         if machine is None:
             return False
-        async with connected(machine.qmp_path, machine.identity) as monitor:
+        async with self._guest.monitor(machine) as monitor:
             await monitor.execute(what)
         return True
 

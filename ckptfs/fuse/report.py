@@ -103,4 +103,6 @@ def _vmstate(guest: Guest) -> str:
         return "none"
     if guest.vmstate_refusal is not None:
         return f"refused: {guest.vmstate_refusal}"
+    if guest.machine_ran:
+        return "in use: a machine was started from it"
     return "stale: pages were written since the checkpoint" if guest.has_written else "ready"

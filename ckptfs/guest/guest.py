@@ -36,7 +36,7 @@ from ckptfs.migration.parameters import MigrationParameters, ZeroPageDetection
 from ckptfs.migration.status import MigrationStatus
 from ckptfs.qemu.backends import RAMFile, check_backends, is_backend
 from ckptfs.qemu.live import capture
-from ckptfs.qemu.monitor import connected
+from ckptfs.qemu.monitor import Monitor, connected
 from ckptfs.qemu.users import RAMUsers
 
 log = logging.getLogger(__name__)
@@ -432,15 +432,15 @@ class Guest:
         """Return RAM at one moment, and what goes into the file beside it."""
         if self.machine is not None and not request.ram_only:
             return await self._capture(self.machine)
-        self._refuse_mixed_moments(request)
         async with self._settled():
+            self._refuse_mixed_moments(request)
             return self.freeze(self.blocks), self._image(request.ram_only)
 
     async def _capture(self, machine: Machine) -> tuple[Epoch, Image]:
         """Take RAM and device state of the machine behind the mount at one moment."""
         assert self.page_cache is not None
         page_cache = self.page_cache
-        async with connected(machine.qmp_path, machine.identity) as monitor:
+        async with self.monitor(machine) as monitor:
             found = await check_backends(monitor, page_cache.files(self.blocks))
             if not found:
                 raise QemuError(
@@ -458,6 +458,16 @@ class Guest:
         self.migration.downtime = captured.downtime
         self.machine_ran = True
         return epoch, image
+
+    @asynccontextmanager
+    async def monitor(self, machine: Machine) -> AsyncIterator[Monitor]:
+        """Connect to the machine's QMP socket for as long as this lasts."""
+        machine.state = "lost" if machine.state == "connected" else machine.state
+        async with connected(machine.qmp_path, machine.identity) as monitor:
+            machine.state = "connected"
+            machine.run_state = (await monitor.execute("query-status"))["status"]
+            yield monitor
+            machine.run_state = (await monitor.execute("query-status"))["status"]
 
     def _refuse_mixed_moments(self, request: SaveRequest) -> None:
         """RAM of one moment and device state of another would be a checkpoint that corrupts its guest."""

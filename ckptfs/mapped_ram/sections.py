@@ -151,8 +151,6 @@ class SectionWalker:
 
     def _ends_at(self, payload_stop: int, footer: bytes) -> bool:
         """Whether the footer stands there, with something after it that may follow."""
-        if payload_stop + len(footer) > self.cursor.source.length:
-            return False
         self.cursor.position = payload_stop
         return self.cursor.peek(len(footer)) == footer and self._may_follow(payload_stop + len(footer))
 
@@ -203,11 +201,9 @@ class SectionWalker:
     def _pass_vmdesc(self) -> None:
         """Pass over the VMDESCRIPTION, if there is one; like QEMU, do not mind one that is cut short."""
         cursor = self.cursor
-        if self.vmdesc is not None:
-            if cursor.position != self.vmdesc.file_offset:
-                raise CheckpointError("the device state does not end where its vmdesc begins", cursor.position)
-            cursor.position += self.vmdesc.length
-        elif cursor.peek(1) == bytes([SectionType.VMDESCRIPTION]):
+        if self.vmdesc is not None and cursor.position != self.vmdesc.file_offset:
+            raise CheckpointError("the device state does not end where its vmdesc begins", cursor.position)
+        if cursor.peek(1) == bytes([SectionType.VMDESCRIPTION]):
             length = int.from_bytes(cursor.peek(5)[1:])
             cursor.position = min(cursor.position + 5 + length, cursor.source.length)
 

@@ -97,6 +97,8 @@ class Cursor:
 
     def peek(self, length: int) -> bytes:
         """The next bytes without consuming them; fewer than ``length`` where the file ends."""
+        if self.position >= self.source.length:
+            return b""  # no offset that a file lies about gets as far as a system call
         start = self.position - self._buffer_offset
         if not 0 <= start <= start + length <= len(self._buffer):
             self._buffer = self.source.pread(self.position, max(length, self._buffer_length))

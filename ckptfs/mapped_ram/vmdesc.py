@@ -26,10 +26,9 @@ MAX_VMDESC_LENGTH = 8 << 20
 
 @dataclass(frozen=True)
 class Vmdesc:
-    """A VMDESCRIPTION: ``length`` bytes at ``file_offset``, from its type byte on, and the JSON in it."""
+    """The JSON of a VMDESCRIPTION whose type byte lies at ``file_offset``."""
 
     file_offset: int
-    length: int
     description: dict[str, Any]
 
     def devices(self) -> list["Device"]:
@@ -76,7 +75,7 @@ def find_vmdesc(source: Source, start: int) -> Vmdesc | None:
         for position, length in _candidates(data):
             description = _parse(data[position + 5 : position + 5 + length])
             if description is not None:
-                return Vmdesc(window_offset + position, 5 + length, description)
+                return Vmdesc(window_offset + position, description)
         if window_offset == start:
             break
     return None

@@ -43,7 +43,7 @@ def nonzero_pages(data: npt.NDArray[np.uint8], page_size: int) -> npt.NDArray[np
 
 def coalesce(mask: npt.NDArray[np.bool_]) -> list[Run]:
     """Return the runs of True."""
-    if mask.all():
+    if len(mask) and mask.all():
         return [Run(0, len(mask))]
     edges = np.flatnonzero(np.diff(mask, prepend=False, append=False))
     return [Run(start, stop) for start, stop in edges.reshape(-1, 2).tolist()]

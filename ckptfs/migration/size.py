@@ -21,7 +21,7 @@ _HEX = re.compile(rf"{_SPACE}\+?0[xX](?P<digits>[0-9a-fA-F]+)")
 _DECIMAL = re.compile(
     rf"{_SPACE}\+?(?=\.?[0-9])(?P<digits>[0-9]*)(?P<fraction>\.[0-9]*)?(?P<suffix>[bkmgtpe]?)", re.IGNORECASE
 )
-_NEGATIVE = re.compile(rf"{_SPACE}-[0-9]+")
+_NEGATIVE = re.compile(rf"{_SPACE}-\.?[0-9]+")
 
 
 def parse_size(text: str, default_unit: int = 1) -> int:
