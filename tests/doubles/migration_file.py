@@ -20,6 +20,22 @@ def globalstate(run_state: str) -> bytes:
     return struct.pack(">I32s2x66x", len(run_state) + 1, run_state.encode())
 
 
+class BytesSource:
+    """A file's bytes, as ckptfs reads them; as picky as pread(2) is."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    @property
+    def length(self) -> int:
+        return len(self._data)
+
+    def pread(self, file_offset: int, length: int) -> bytes:
+        assert 0 <= file_offset < 1 << 63
+        assert 0 <= length < 1 << 31
+        return self._data[file_offset : file_offset + length]
+
+
 @dataclass(frozen=True)
 class Block:
     """A RAM block; ``pages`` and ``stale`` map page numbers to content (filled up with zeros).

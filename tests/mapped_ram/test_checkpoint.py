@@ -10,10 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ckptfs.errors import CheckpointError
+from ckptfs.mapped_ram import sections
 from ckptfs.mapped_ram.bitmap import PagesBitmap, Run
 from ckptfs.mapped_ram.checkpoint import read_checkpoint, read_device_state, read_setup, with_run_state
-from ckptfs.mapped_ram.stream import BytesSource
-from tests.doubles.migration_file import Block, Device, MigrationFile, globalstate
+from tests.doubles.migration_file import Block, BytesSource, Device, MigrationFile, globalstate
 
 SMALL = MigrationFile(
     blocks=[Block("pc.ram", 70, {0: b"first", 1: b"second", 69: b"last"}, stale={2: b"old"}), Block("vga.vram", 1)],
@@ -181,19 +181,50 @@ def test_lengths_that_the_vmdesc_has_wrong_are_found_by_their_footers():
     assert [section.payload_length for section in checkpoint.sections] == [len(payload), 24, 104]
 
 
-def test_a_decoy_footer_does_not_end_a_section():
-    # The payload holds its own footer and a header that could follow, but not the one that the vmdesc has next.
-    header = b"\4" + struct.pack(">IB", 1000, 4) + b"fake" + struct.pack(">II", 0, 1)
-    payload = b"\x7e" + struct.pack(">I", 200) + header + bytes(100)
+FOOTER = b"\x7e" + struct.pack(">I", 200)  # of the first device
+FAKE_HEADER = b"\4" + struct.pack(">IB", 1000, 4) + b"fake" + struct.pack(">II", 0, 1)
+OWN_HEADER = b"\4" + struct.pack(">IB", 200, 3) + b"odd" + struct.pack(">II", 0, 1)
+
+
+@pytest.mark.parametrize(
+    "decoy", [FAKE_HEADER, OWN_HEADER, b"\0\6", b"\2\0\0\0\1", b"\x08\0\x0b\0\0", b"\0\0", b"\4"]
+)
+def test_a_decoy_footer_does_not_end_a_section(decoy):
+    # The payload holds its own footer, and what could follow it: but not what the vmdesc has next.
+    payload = FOOTER + decoy + bytes(300)
     devices = [Device("odd", payload, described_length=1), *SMALL.devices]
-    checkpoint, _ = read(SMALL, devices=devices)
+    if decoy[0] in (2, 8):  # Taken for the next part of the RAM section, or a command: neither is in the vmdesc.
+        with pytest.raises(CheckpointError):
+            read(SMALL, devices=devices)
+    else:
+        checkpoint, _ = read(SMALL, devices=devices)
+        assert [section.payload_length for section in checkpoint.sections] == [len(payload), 24, 104]
+
+
+@pytest.mark.parametrize("decoy", [OWN_HEADER, b"\0\0", b"\4"])
+def test_without_a_vmdesc_the_only_place_that_could_be_is_it(decoy):
+    payload = FOOTER + decoy + bytes(300)
+    checkpoint, _ = read(SMALL, devices=[Device("odd", payload), *SMALL.devices], vmdesc=False)
     assert [section.payload_length for section in checkpoint.sections] == [len(payload), 24, 104]
-    opaque, bitmaps = read(SMALL, devices=devices, vmdesc=False)
-    assert opaque.opaque
-    assert opaque.has_device_state
-    assert opaque.sections == ()
-    assert opaque.end_offset == len(replace(SMALL, devices=devices, vmdesc=False).data())
+
+
+@pytest.mark.parametrize("count", [1, 30])
+def test_without_a_vmdesc_two_places_that_could_be_leave_it_opaque(count):
+    devices = [Device("odd", (FOOTER + FAKE_HEADER) * count + bytes(300)), *SMALL.devices]
+    checkpoint, bitmaps = read(SMALL, devices=devices, vmdesc=False)
+    assert checkpoint.opaque
+    assert checkpoint.has_device_state
+    assert checkpoint.sections == ()
+    assert checkpoint.end_offset == len(replace(SMALL, devices=devices, vmdesc=False).data())
     assert set_pages(bitmaps["pc.ram"]) == [0, 1, 69]
+
+
+def test_a_device_state_too_long_to_search_is_opaque(monkeypatch):
+    monkeypatch.setattr(sections, "MAX_SCAN_LENGTH", 100)
+    assert read(SMALL, vmdesc=False)[0].opaque
+    odd = [Device("odd", bytes(200), described_length=1), *SMALL.devices]
+    with pytest.raises(CheckpointError, match="not as long as the vmdesc says"):
+        read(SMALL, devices=odd)
 
 
 def test_a_file_without_footers_and_vmdesc_is_opaque():
@@ -293,6 +324,7 @@ BROKEN = [
     Broken("END missing", "part.1", b"\2", "section type 0x04"),
     Broken("command too long", "command", b"\x08\0\x0b\xff\xff", "ends inside a command"),
     Broken("START among the devices", "timer", b"\1", "'timer' is not supported"),
+    Broken("PART among the devices", "timer", b"\2", "a part of section 200"),
     Broken("unknown section type", "timer", b"\x0b", "section type 0x0b is unknown"),
     Broken("section id twice", "timer.section_id", be32(1), "occurs twice"),
     Broken("device not in the vmdesc", "timer.idstr", b"\5times", "'times' .instance 0. stands where"),
@@ -324,7 +356,11 @@ def test_a_vmdesc_of_another_page_size_is_refused():
 
 @pytest.mark.parametrize(
     ("devices", "text"),
-    [(2, "is not as long as the vmdesc says"), (4, "the vmdesc lists 'extra', which has no section")],
+    [
+        (0, "'timer' is not in the vmdesc"),
+        (2, "is not as long as the vmdesc says"),
+        (4, "the vmdesc lists 'extra', which has no section"),
+    ],
 )
 def test_a_vmdesc_of_other_devices_is_refused(devices, text):
     three = replace(SMALL, devices=[*SMALL.devices, Device("extra", b"extra")])
@@ -356,9 +392,9 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused():
 
     class ShrinkingSource(BytesSource):
         def pread(self, file_offset: int, length: int) -> bytes:
-            return super().pread(file_offset, max(0, min(length, marks["pc.ram.bitmap"] + 8 - file_offset)))
+            return super().pread(file_offset, 8 if file_offset == marks["pc.ram.bitmap"] else length)
 
-    with pytest.raises(CheckpointError, match="ends inside"):
+    with pytest.raises(CheckpointError, match="ends inside the bitmap"):
         read_checkpoint(ShrinkingSource(data))
 
 
@@ -368,7 +404,14 @@ def test_what_is_no_stream_is_refused(data):
         read_checkpoint(BytesSource(data))
 
 
-@pytest.mark.parametrize("offset", [1, 4096, 1 << 62])
+def test_a_vmdesc_that_does_not_follow_the_device_state_is_refused():
+    data, marks = replace(SMALL, devices=[]).build()
+    data = data[: marks["eof"]] + b"\0garbage" + data[marks["eof"] :]
+    with pytest.raises(CheckpointError, match="does not end where its vmdesc begins"):
+        read_checkpoint(BytesSource(data))
+
+
+@pytest.mark.parametrize("offset", [1, 4096, 1 << 62, 1 << 64])
 def test_another_offset_is_refused(offset):
     with pytest.raises(CheckpointError, match="Not a migration stream"):
         read_checkpoint(BytesSource(SMALL.data()), offset)

@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from ckptfs.errors import CheckpointError
 from ckptfs.mapped_ram.checkpoint import read_checkpoint, read_device_state, read_setup
 from ckptfs.mapped_ram.layout import empty_image, image_of, layout
-from ckptfs.mapped_ram.stream import BytesSource
 from ckptfs.mapped_ram.vmdesc import with_capabilities
-from tests.doubles.migration_file import Block, Device, MigrationFile
+from tests.doubles.migration_file import Block, BytesSource, Device, MigrationFile
 
 
 def metadata(result):

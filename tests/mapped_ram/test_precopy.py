@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from ckptfs.errors import CheckpointError
 from ckptfs.mapped_ram.checkpoint import read_checkpoint, read_device_state, read_setup
 from ckptfs.mapped_ram.precopy import MAX_INDEXED_LENGTH, read_precopy, vmstate_stream
-from ckptfs.mapped_ram.stream import BytesSource
-from tests.doubles.migration_file import Block, Device, MigrationFile
+from tests.doubles.migration_file import Block, BytesSource, Device, MigrationFile
 
 PLAIN = MigrationFile(
     blocks=[Block("pc.ram", 70, {0: b"first", 1: b"second", 69: b"last"}), Block("vga.vram", 3, {1: b"x"})],
