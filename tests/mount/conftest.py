@@ -1,0 +1,40 @@
+"""Real mounts: `mount(SPEC, OPTION...)` gives one that is gone when the test ends."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.mount.harness import Mounted, adopt_orphans
+
+Mount = Callable[..., Mounted]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _adopt_orphans() -> None:
+    adopt_orphans()
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Mount]:
+    """`mount(SPEC, OPTION...)`: a new `Mounted` on a directory of its own."""
+    with ExitStack() as stack:
+        count = 0
+
+        def new_mount(spec: str | Path, *options: str, **how: Any) -> Mounted:
+            nonlocal count
+            count += 1
+            path = how.pop("path", tmp_path / f"mnt{count}")
+            mounted = Mounted(spec, path, tmp_path / f"log{count}", *options, **how)
+            stack.callback(mounted.clean_up)
+            return mounted
+
+        yield new_mount
+
+
+@pytest.fixture
+def fresh(mount: Mount, tmp_path: Path) -> Mounted:
+    """A new guest of 16 MiB, to be saved to `tmp_path / "checkpoint"`."""
+    return mount(tmp_path / "checkpoint", "ram=pc.ram:16M")

@@ -1,0 +1,213 @@
+"""mount.ckptfs as a user runs it: a daemon of its own, a real mount, and nothing left of either afterwards."""
+
+import ctypes
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+BIN = Path(sys.executable).parent
+"""Where mount.ckptfs and ckptfs are: beside the Python that runs the tests."""
+
+DEADLINE = 60.0
+"""Seconds that a daemon may take to end, and a mount to answer, before it is killed and the test fails."""
+
+_LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d [\d:,]+ mount\.ckptfs\[\d+\]: (\w+): (.*)")
+_HARMLESS = ("DEBUG", "INFO")
+_PR_SET_CHILD_SUBREAPER = 36
+
+
+def adopt_orphans() -> None:
+    """Become the parent of daemons that these tests start, so that they are reaped and their exit is seen."""
+    if ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "PR_SET_CHILD_SUBREAPER")
+
+
+def run_mount(
+    spec: str | Path,
+    directory: str | Path,
+    *options: str,
+    flags: tuple[str, ...] = (),
+    environment: Mapping[str, str] = {},
+) -> subprocess.CompletedProcess[str]:
+    """Run mount.ckptfs to the end; each of ``options`` goes behind an -o of its own."""
+    arguments = [argument for option in options for argument in ("-o", option)]
+    return subprocess.run(
+        [BIN / "mount.ckptfs", spec, directory, *flags, *arguments],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+        env={**os.environ, **environment},
+    )
+
+
+def is_mounted(directory: Path) -> bool:
+    """Whether something is mounted there, alive or dead; asks /proc and not the mount."""
+    return mount_entry(directory) is not None
+
+
+def mount_entry(directory: Path) -> tuple[str, set[str], str, str] | None:
+    """(device MAJOR:MINOR, options, type, source) of the mount at ``directory``, or None (proc(5), mountinfo)."""
+    found = None
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        fields, _, rest = line.partition(" - ")
+        _, _, device, _, mountpoint, options, *_ = fields.split(" ")
+        kind, source, _ = rest.split(" ", 2)
+        if _plain(mountpoint) == str(directory):
+            found = device, set(options.split(",")), kind, _plain(source)
+    return found
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), text)
+
+
+class Mounted:
+    """One mount, from construction to `umount`. Every file operation on it blocks: it has a process of its own.
+
+    If it does not end by itself, or the test takes too long, its daemon is killed: what waits for the mount fails
+    then. At the end its log may hold nothing above INFO but what `expect_log` has announced.
+    """
+
+    def __init__(
+        self, spec: str | Path, path: Path, log: Path, *options: str, program: tuple[str, ...] = ()
+    ) -> None:
+        self.path = path
+        self.log = log
+        self._expected: list[str] = []
+        self._ended = False
+        path.mkdir(exist_ok=True)
+        if program:
+            arguments = ["-o", ",".join([f"log={log}", *options])]
+            result = subprocess.run(
+                [*program, spec, path, *arguments], capture_output=True, text=True, timeout=DEADLINE
+            )
+        else:
+            result = run_mount(spec, path, f"log={log}", *options)
+        assert (result.returncode, result.stderr, result.stdout) == (0, "", ""), result
+        self.pid = self._find_daemon()
+        self._pidfd = os.pidfd_open(self.pid)
+        self._watchdog = threading.Timer(DEADLINE, self._break)
+        self._watchdog.start()
+
+    def _find_daemon(self) -> int:
+        for entry in Path("/proc").glob("[0-9]*"):
+            try:
+                arguments = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if os.fsencode(self.path) in arguments:
+                return int(entry.name)
+        raise AssertionError(f"{self.path}: no process has been started with it")
+
+    # ---- what a user does with it ------------------------------------------------------------------
+
+    @property
+    def ram(self) -> Path:
+        """The folder of the RAM blocks."""
+        return self.path / "ram"
+
+    def ctl(self, command: str) -> str:
+        """Write one command and read its answer from the same open file; OSError has the errno and the words."""
+        fd = os.open(self.path / "ctl", os.O_RDWR)
+        try:
+            try:
+                os.write(fd, command.encode() + b"\n")
+            except OSError as error:
+                raise OSError(error.errno, _read_all(fd)) from None
+            return _read_all(fd)
+        finally:
+            os.close(fd)
+
+    def status(self) -> dict[str, Any]:
+        """What status.json says."""
+        document: dict[str, Any] = json.loads((self.path / "status.json").read_bytes())
+        return document
+
+    def expect_log(self, pattern: str) -> None:
+        """Announce warnings and errors of the daemon: some have to match ``pattern``, and no others may come."""
+        self._expected.append(pattern)
+
+    # ---- its end -----------------------------------------------------------------------------------
+
+    def umount(self) -> None:
+        """Unmount, see that the daemon ends well, and look at its log."""
+        subprocess.run(["umount", self.path], check=True, timeout=DEADLINE)
+        assert self.wait() == 0
+        self.check_log()
+
+    def kill(self) -> None:
+        """Kill the daemon; the mount point stays dead."""
+        signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+        assert self.wait() == -signal.SIGKILL
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send the daemon a signal."""
+        signal.pidfd_send_signal(self._pidfd, number)
+
+    def wait(self) -> int:
+        """Wait for the daemon's end; its exit code, negative for a signal."""
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        assert poll.poll(DEADLINE * 1000), f"{self.path}: the daemon did not end"
+        self._ended = True
+        self._watchdog.cancel()
+        os.close(self._pidfd)
+        _, status = os.waitpid(self.pid, 0)
+        return os.waitstatus_to_exitcode(status)
+
+    def check_log(self) -> None:
+        """Fail for anything above INFO that was not announced, and for what was announced and did not come."""
+        lines = self.log.read_text().splitlines()
+        matches = [_LOG_LINE.match(line) for line in lines]
+        alarms = [
+            line for line, match in zip(lines, matches, strict=True) if not match or match[1] not in _HARMLESS
+        ]
+        for pattern in self._expected:
+            assert any(re.search(pattern, line) for line in alarms), f"nothing was logged that matches {pattern!r}"
+        unannounced = [line for line in alarms if not any(re.search(pattern, line) for pattern in self._expected)]
+        assert not unannounced, "logged unannounced:\n" + "\n".join(unannounced)
+
+    def clean_up(self) -> None:
+        """Leave nothing behind, however the test ended; if it left the mount in order, that has to end in order."""
+        if not self._ended and self._alive():
+            try:
+                self.umount()
+            finally:
+                self._break()
+        elif not self._ended:
+            self.wait()
+            raise AssertionError(f"{self.path}: the daemon has died; its log:\n{self.log.read_text()}")
+        while is_mounted(self.path):
+            subprocess.run(["umount", "--lazy", self.path], check=True, timeout=DEADLINE)
+
+    def _alive(self) -> bool:
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        return not poll.poll(0)
+
+    def _break(self) -> None:
+        """End the connection and the daemon by force: whoever waits for the mount gets an error."""
+        if self._ended:
+            return
+        if entry := mount_entry(self.path):
+            minor = entry[0].partition(":")[2]
+            abort = Path(f"/sys/fs/fuse/connections/{minor}/abort")
+            if abort.exists():
+                abort.write_text("1")
+        signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+
+def _read_all(fd: int) -> str:
+    parts = []
+    while part := os.read(fd, 1 << 16):
+        parts.append(part)
+    return b"".join(parts).decode().removesuffix("\n")
