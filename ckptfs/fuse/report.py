@@ -62,6 +62,7 @@ def query_migrate(migration: Migration, page_size: int) -> QueryMigrate:
 def describe_mount(mount: "Mount", last_command: str | None, last_outcome: str | None) -> Status:
     """A moment of the mount."""
     guest = mount.guest
+    checkpoint = None if guest.base is None else guest.base.checkpoint
     blocks = tuple(describe_block(block) for block in guest.blocks.values())
     held = sum(
         layer.present.count() * block.page_size for block in guest.blocks.values() for layer in block.stack.layers
@@ -89,6 +90,11 @@ def describe_mount(mount: "Mount", last_command: str | None, last_outcome: str |
         bad_page_count=len(guest.bad_pages),
         last_command=last_command,
         last_outcome=last_outcome,
+        base_offset=None if checkpoint is None else checkpoint.stream_offset,
+        base_machine=None if checkpoint is None else checkpoint.machine,
+        base_run_state=None if checkpoint is None else checkpoint.run_state,
+        base_devices=() if checkpoint is None else tuple(section.idstr for section in checkpoint.sections),
+        backends=tuple(guest.left_out(mount.options.backends)),
     )
 
 

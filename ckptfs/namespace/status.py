@@ -83,6 +83,16 @@ class Status:
     """Milliseconds from the mount to the last page that was restored."""
     last_command: str | None
     last_outcome: str | None
+    base_offset: int | None = None
+    """Where in its file ``base`` begins."""
+    base_machine: str | None = None
+    """The machine type it was saved from; ``none`` if it was no machine."""
+    base_run_state: str | None = None
+    """In which state a machine is that is started from it: ``running``, ``paused``."""
+    base_devices: tuple[str, ...] = ()
+    """The device sections in it."""
+    backends: tuple[str, ...] = ()
+    """The blocks (idstrs) that a machine has as memory backends on this mount."""
     migration: QueryMigrate = field(default_factory=QueryMigrate)
     """The newest save or restore."""
     blocks: tuple[BlockStatus, ...] = ()
@@ -103,20 +113,26 @@ def format_status_json(status: Status) -> str:
     """The text of ``status.json``: one object."""
     blocks = [
         {
-            "idstr": _printable(block.idstr),
+            "idstr": printable(block.idstr),
             "file": f"ram/{encode_name(block.idstr).decode()}",
             "page-size": block.page_size,
             "used-length": block.used_length,
+            "backend": block.idstr in status.backends,
             **_page_counts((block,)),
         }
         for block in status.blocks
     ]
     bad_pages = [
-        {"block": _printable(bad.idstr), "page": bad.page, "error": _printable(bad.error)}
-        for bad in status.bad_pages
+        {"block": printable(bad.idstr), "page": bad.page, "error": printable(bad.error)} for bad in status.bad_pages
     ]
-    values = {key: _printable(value) if isinstance(value, str) else value for key, value in _values(status).items()}
-    document = {**values, "migration": status.migration.to_json(), "blocks": blocks, "bad-pages": bad_pages}
+    values = {key: printable(value) if isinstance(value, str) else value for key, value in _values(status).items()}
+    document = {
+        **values,
+        "base-devices": [printable(device) for device in status.base_devices],
+        "migration": status.migration.to_json(),
+        "blocks": blocks,
+        "bad-pages": bad_pages,
+    }
     return json.dumps(document, indent=2) + "\n"
 
 
@@ -127,6 +143,9 @@ def _values(status: Status) -> dict[str, Any]:
         "spec": status.spec,
         "state": status.state,
         "base": status.base,
+        "base-offset": status.base_offset,
+        "base-machine": status.base_machine,
+        "base-run-state": status.base_run_state,
         "vmstate": status.vmstate,
         "direct-io": status.direct_io,
         "writers": status.writers,
@@ -181,11 +200,11 @@ def _plain(value: object) -> str:
         case bool():
             return "yes" if value else "no"
         case _:
-            return _printable(str(value))
+            return printable(str(value))
 
 
-def _printable(text: str) -> str:
-    """``text`` with all that would break a line, a terminal or an encoding written as ``\\x0a``."""
+def printable(text: str) -> str:
+    """Return ``text`` with all that would break a line, a terminal or an encoding written as ``\\x0a``."""
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape", "surrogatepass").decode()
         for character in text
