@@ -7,13 +7,16 @@ WINDOW = 0.1
 class RateLimit:
     """Bytes a second over all channels of a migration; 0 is unlimited.
 
-    The caller asks before each payload, and waits and asks again until the answer is 0::
+    The caller asks before each payload, waits and asks again until the answer is 0, and tells afterwards how
+    many bytes it was::
 
-        while delay := limit.delay(now(), length):
+        while delay := limit.delay(now()):
             await sleep(delay)
+        ...
+        limit.charge(written)
 
     A payload may go whenever nothing is owed, however large it is, and what it exceeds its window by is owed
-    by the next ones: over a second and more, the limit is held to within a window and a payload.
+    by the next ones: over a second and more, the limit is held to within a window and a payload a channel.
     """
 
     def __init__(self, bytes_per_second: int = 0) -> None:
@@ -22,8 +25,8 @@ class RateLimit:
         self._credit = 0.0
         self._counted_until: float | None = None
 
-    def delay(self, now: float, length: int) -> float:
-        """Seconds to wait before asking again; 0: the ``length`` bytes go now, and are counted.
+    def delay(self, now: float) -> float:
+        """Seconds to wait before asking again; 0: the next bytes may go.
 
         ``now`` is in seconds, from any clock that never goes back.
         """
@@ -36,8 +39,12 @@ class RateLimit:
         self._counted_until = now
         if self._credit < 0:
             return min(max(-self._credit / limit, _TICK), WINDOW)
-        self._credit -= length
         return 0.0
+
+    def charge(self, length: int) -> None:
+        """Count ``length`` bytes that went."""
+        if self.bytes_per_second:
+            self._credit -= length
 
 
 _TICK = 1e-3
