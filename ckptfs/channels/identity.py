@@ -7,8 +7,9 @@ uid other than 0 the kernel also takes away the capabilities that override file 
 
 import contextlib
 import ctypes
+import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -49,14 +50,21 @@ class Identity:
             return
         own_groups = os.getgroups()
         _set_thread_groups(self.groups)
-        _libc.setfsgid(self.gid)
-        _libc.setfsuid(self.uid)
         try:
+            _set_thread_id(_libc.setfsgid, self.gid)
+            _set_thread_id(_libc.setfsuid, self.uid)
             yield
         finally:
             _libc.setfsuid(os.geteuid())
             _libc.setfsgid(os.getegid())
             _set_thread_groups(tuple(own_groups))
+
+
+def _set_thread_id(set_id: Callable[[int], int], value: int) -> None:
+    """setfsuid(2), setfsgid(2): both return the former id, whether they worked or not."""
+    set_id(value)
+    if set_id(-1) & 0xFFFFFFFF != value:
+        raise PermissionError(errno.EPERM, f"cannot act as user or group {value}")
 
 
 def _set_thread_groups(groups: tuple[int, ...]) -> None:
