@@ -55,7 +55,7 @@ def parse_options(texts: Iterable[str], *, sloppy: bool = False) -> MountOptions
     options = MountOptions()
     for text in texts:
         for name, value in split_options(text):
-            if not (sloppy and not _is_known(name)):
+            if not _IGNORED.fullmatch(name) and not (sloppy and _setter(name) is None):
                 _apply(options, name, value)
     return options
 
@@ -71,34 +71,36 @@ def split_options(text: str) -> list[tuple[str, str | None]]:
 
 
 def _apply(options: MountOptions, name: str, value: str | None) -> None:
-    if _IGNORED.fullmatch(name):
-        return
     try:
-        _setter(name.replace("_", "-"))(options, value)
+        (_setter(name) or _refuse(name))(options, value)
     except CommandError as error:
         item = name if value is None else f"{name}={value}"
         raise CommandError(f"mount option '{item}': {error}", error.errno) from None
 
 
-def _setter(name: str) -> "_Setter":
-    if name in PARAMETERS:
-        return _parameter(name)
-    if name in CAPABILITIES:
-        return _capability(name)
-    if name in _OPTIONS:
-        return _OPTIONS[name]
-    likely = get_close_matches(name, [*_OPTIONS, *PARAMETERS, *CAPABILITIES], 1)
-    raise CommandError("no such option" + (f" (did you mean {likely[0]}?)" if likely else ""))
-
-
-def _is_known(name: str) -> bool:
+def _setter(name: str) -> "_Setter | None":
     key = name.replace("_", "-")
-    return key in PARAMETERS or key in CAPABILITIES or key in _OPTIONS
+    if key in PARAMETERS:
+        return _parameter(key)
+    if key in CAPABILITIES:
+        return _capability(key)
+    return _OPTIONS.get(key)
 
 
 # ---- what an option takes ------------------------------------------------------------------------------
 
 _Setter = Callable[[MountOptions, str | None], None]
+
+
+def _refuse(name: str) -> _Setter:
+    """A word that is no option."""
+
+    def apply(options: MountOptions, value: str | None) -> None:
+        known = [key.replace("-", "_") for key in (*_OPTIONS, *PARAMETERS, *CAPABILITIES)]
+        likely = get_close_matches(name, known, 1)
+        raise CommandError("no such option" + (f" (did you mean {likely[0]}?)" if likely else ""))
+
+    return apply
 
 
 def _parameter(name: str) -> _Setter:
@@ -186,13 +188,6 @@ def _parse_shared(text: str) -> tuple[str, str]:
     if not idstr or not path:
         raise CommandError("it is ID:PATH, an absolute one")
     return idstr, f"/{path}"
-
-
-def _parse_backends(text: str) -> tuple[str, ...]:
-    ids = tuple(text.split(":"))
-    if not all(ids):
-        raise CommandError("it is ID[:ID...]")
-    return ids
 
 
 def _parse_fdset(text: str) -> tuple[int, list[int]]:
