@@ -37,6 +37,12 @@ class CheckpointError(CkptfsError):
         super().__init__(where + message)
         self.file_offset = file_offset
 
+    def of_file(self, name: str) -> "CheckpointError":
+        """The same, beginning with the name of the file."""
+        named = CheckpointError(f"{name}: {self}")
+        named.file_offset = self.file_offset
+        return named
+
 
 class CommandError(CkptfsError):
     """The caller asked for something that cannot be understood or is not allowed (default: EINVAL)."""

@@ -6,9 +6,11 @@ descriptors with O_DIRECT where the file system has it. O_DIRECT is a property o
 """
 
 import errno
+import fcntl
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from ckptfs.errors import StorageError
 
@@ -24,29 +26,109 @@ class DirectIO:
     required: bool = False
 
 
-def reopen(fd: int, flags: int) -> int:
-    """Open the file behind ``fd`` once more, by descriptor and never by path, with other ``flags``."""
-    return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC)
+class BackingFile(Protocol):
+    """An open file that holds, or will hold, a checkpoint."""
+
+    @property
+    def fd(self) -> int:
+        """The buffered descriptor, for the stream and bitmaps."""
+        ...
+
+    def open_pages(self, direct_io: DirectIO) -> tuple[int, bool]:
+        """Open one more descriptor, for pages; return it and whether it bypasses the page cache.
+
+        Raises StorageError where direct I/O was asked for by name and can't be had; else it falls back.
+        """
+        ...
+
+    def close(self) -> None:
+        """Close the buffered descriptor; those for pages are their owners'."""
+        ...
 
 
-def open_pages_descriptor(fd: int, access: int, direct_io: DirectIO) -> tuple[int, bool]:
-    """Open the file behind ``fd`` for pages; return the descriptor and whether it bypasses the page cache.
+@dataclass(frozen=True)
+class OpenedFile:
+    """A file that the daemon opened: further descriptors are opened by descriptor, never by path."""
 
-    ``access`` is O_RDONLY, O_WRONLY or O_RDWR. Raises StorageError (EINVAL) where direct I/O was asked for
-    by name and the file system has none; otherwise such a file is opened buffered.
+    fd: int
+    access: int
+    """O_RDONLY, O_WRONLY or O_RDWR: how pages are to be opened."""
+
+    def open_pages(self, direct_io: DirectIO) -> tuple[int, bool]:
+        """Open the file once more."""
+        if direct_io.wanted:
+            try:
+                return self._reopen(os.O_DIRECT), True
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+            if direct_io.required:
+                raise StorageError(
+                    "direct-io is on, but the file system does not support O_DIRECT: set direct-io off",
+                    errno.EINVAL,
+                )
+        return self._reopen(0), False
+
+    def _reopen(self, flags: int) -> int:
+        return os.open(f"/proc/self/fd/{self.fd}", self.access | flags | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        """Close the buffered descriptor."""
+        os.close(self.fd)
+
+
+@dataclass(frozen=True)
+class HandedFile:
+    """A file that somebody else opened: descriptors of an fdset, duplicated by QEMU's rule.
+
+    The first whose access mode and O_DIRECT are exactly those that are wanted serves (util/osdep.c and
+    monitor/fds.c, 10.0); O_RDWR never matches.
     """
-    if not direct_io.wanted:
-        return reopen(fd, access), False
-    try:
-        return reopen(fd, access | os.O_DIRECT), True
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-    if direct_io.required:
-        raise StorageError(
-            "direct-io is on, but the file system does not support O_DIRECT: set direct-io off", errno.EINVAL
-        )
-    return reopen(fd, access), False
+
+    descriptors: tuple[int, ...]
+    access: int
+    fd: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fd", self._matching(self.access))
+
+    def open_pages(self, direct_io: DirectIO) -> tuple[int, bool]:
+        """Duplicate one for pages."""
+        if direct_io.wanted:
+            try:
+                return self._matching(self.access | os.O_DIRECT), True
+            except StorageError:
+                if direct_io.required:
+                    raise
+        return self._matching(self.access), False
+
+    def _matching(self, flags: int) -> int:
+        for descriptor in self.descriptors:
+            if fcntl.fcntl(descriptor, fcntl.F_GETFL) & (os.O_ACCMODE | os.O_DIRECT) == flags:
+                return fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 0)
+        raise StorageError(f"Failed to find file descriptor with matching flags={flags:#x}", errno.EACCES)
+
+    def close(self) -> None:
+        """Close our duplicate; the descriptors that were handed in stay."""
+        os.close(self.fd)
+
+
+@dataclass(frozen=True)
+class NamedFile:
+    """One descriptor that was handed in under a name: it serves for all, however it was opened."""
+
+    fd: int
+
+    def open_pages(self, direct_io: DirectIO) -> tuple[int, bool]:
+        """Duplicate it."""
+        bypasses_cache = bool(fcntl.fcntl(self.fd, fcntl.F_GETFL) & os.O_DIRECT)
+        if direct_io.wanted and direct_io.required and not bypasses_cache:
+            raise StorageError("direct-io is on, but the descriptor was opened without O_DIRECT", errno.EINVAL)
+        return fcntl.fcntl(self.fd, fcntl.F_DUPFD_CLOEXEC, 0), bypasses_cache
+
+    def close(self) -> None:
+        """Close our duplicate."""
+        os.close(self.fd)
 
 
 def pread_exactly(fd: int, buffer: memoryview, file_offset: int) -> None:

@@ -17,7 +17,7 @@ from typing import TypeVar
 
 import trio
 
-from ckptfs.channels.backing_file import DirectIO, open_pages_descriptor, pread_exactly, pwritev_all
+from ckptfs.channels.backing_file import BackingFile, DirectIO, pread, pread_exactly, pwritev_all
 from ckptfs.errors import StorageError
 
 T = TypeVar("T")
@@ -36,6 +36,10 @@ class Channel:
     def pread_exactly(self, buffer: memoryview, file_offset: int) -> None:
         """Fill ``buffer`` from ``file_offset`` on; StorageError or OSError if that can't be done."""
         pread_exactly(self._fd, buffer, file_offset)
+
+    def pread(self, file_offset: int, length: int) -> bytes:
+        """Read bytes that need not be aligned (so not with O_DIRECT); fewer only at the end of the file."""
+        return pread(self._fd, length, file_offset)
 
     def pwritev_all(self, views: list[memoryview], file_offset: int) -> None:
         """Write ``views`` from ``file_offset`` on; StorageError or OSError if that can't be done."""
@@ -61,18 +65,13 @@ class Channels:
 
     @classmethod
     def open(
-        cls,
-        fd: int,
-        access: int,
-        direct_io: DirectIO,
-        channel_count: int,
-        deadline: float = BACKING_DEADLINE,
+        cls, file: BackingFile, direct_io: DirectIO, channel_count: int, deadline: float = BACKING_DEADLINE
     ) -> "Channels":
-        """Create ``channel_count`` channels on the file behind ``fd``, all or none (blocking)."""
+        """Create ``channel_count`` channels on ``file``, all or none (blocking). Raises StorageError, OSError."""
         with contextlib.ExitStack() as undo:
             channels = []
             for _ in range(channel_count):
-                channel = Channel(*open_pages_descriptor(fd, access, direct_io))
+                channel = Channel(*file.open_pages(direct_io))
                 undo.callback(channel.close)
                 channels.append(channel)
             undo.pop_all()

@@ -15,25 +15,100 @@ import fcntl
 import os
 import secrets
 import stat
+from typing import Protocol
 
-from ckptfs.channels.backing_file import pread
+from ckptfs.channels.backing_file import BackingFile, DirectIO, OpenedFile, pread, pwrite_all
+from ckptfs.channels.descriptors import Descriptors, describe_address
 from ckptfs.channels.identity import Identity
 from ckptfs.errors import CommandError, StorageError
 from ckptfs.mapped_ram.stream import MAGIC
+from ckptfs.migration.address import FdAddress, SeekableAddress
 
 _SUFFIX = ".ckptfs-partial"
 _COPY_LENGTH = 1 << 24
 
 
-class SaveTarget:
-    """An unfinished checkpoint on its way to ``path``. All methods block: call them in a worker thread.
+class Target(Protocol):
+    """A checkpoint that is being written. All methods block: call them in a worker thread.
 
-    Either `publish` or `discard` ends it. A file that replaces one with ``stream_offset`` takes over the
-    bytes before it, as QEMU keeps them.
+    The order is `keep_prefix`, the writing of all but the stream's header, `seal`, `publish`; or `discard`
+    instead of whatever is left of it.
     """
 
-    def __init__(self, path: str, identity: Identity, forbidden_device: int) -> None:
+    @property
+    def path(self) -> str:
+        """Its name, for people."""
+        ...
+
+    @property
+    def file(self) -> BackingFile:
+        """The file to write into."""
+        ...
+
+    def keep_prefix(self) -> None:
+        """Keep what the file that is there now has before the stream, as QEMU does."""
+
+    def seal(self, file_offset: int, header: bytes) -> None:
+        """Write the stream's header, last of all: a file without it is plainly no checkpoint."""
+
+    def reader(self) -> BackingFile | None:
+        """Open what was written for reading; None if that was not granted."""
+
+    def publish(self) -> None:
+        """Make it durable under its final name."""
+
+    def discard(self) -> None:
+        """Give it up."""
+
+
+class HandedTarget:
+    """A file that somebody else opened: written in place, as it has no name here that could be switched."""
+
+    def __init__(self, address: SeekableAddress, stream_offset: int, descriptors: Descriptors) -> None:
+        """Raises StorageError if no descriptor that was handed in fits ``address``."""
+        file = descriptors.open(address, os.O_WRONLY)
+        assert file is not None
+        self.path = describe_address(address)
+        self.file = file
+        self._address = address
+        self._stream_offset = stream_offset
+        self._descriptors = descriptors
+
+    def keep_prefix(self) -> None:
+        """Cut the file there: what lies before it stays."""
+        os.ftruncate(self.file.fd, self._stream_offset)
+
+    def seal(self, file_offset: int, header: bytes) -> None:
+        """Write the header when all else is durable."""
+        os.fdatasync(self.file.fd)
+        pwrite_all(self.file.fd, header, file_offset)
+        os.fdatasync(self.file.fd)
+
+    def reader(self) -> BackingFile | None:
+        """The same file for reading, if such a descriptor was handed in too, or it may be opened again."""
+        with contextlib.suppress(StorageError):
+            return self._descriptors.open(self._address, os.O_RDONLY)
+        try:
+            return OpenedFile(OpenedFile(self.file.fd, os.O_RDONLY).open_pages(DirectIO(False))[0], os.O_RDONLY)
+        except OSError:
+            return None
+
+    def publish(self) -> None:
+        """It is durable already."""
+        self.file.close()
+
+    def discard(self) -> None:
+        """Without its header it is no checkpoint."""
+        self.file.close()
+
+
+class PathTarget:
+    """A temporary file on its way to a path."""
+
+    def __init__(self, path: str, stream_offset: int, identity: Identity, forbidden_device: int) -> None:
+        """Raises CommandError for a path that must not be replaced, or lies on the own mount; OSError."""
         self.path = path
+        self._stream_offset = stream_offset
         self._identity = identity
         parent, self._name = os.path.split(path)
         if self._name in ("", ".", ".."):
@@ -45,7 +120,7 @@ class SaveTarget:
             self._remove_leftovers()
             self._temporary = f".{self._name[:200]}.{secrets.token_hex(6)}{_SUFFIX}"
             with identity.assumed():
-                self.fd = os.open(
+                fd = os.open(
                     self._temporary,
                     os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC,
                     0o600,
@@ -54,11 +129,21 @@ class SaveTarget:
         except BaseException:
             os.close(self._directory)
             raise
-        fcntl.flock(self.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells it from a left-over of a dead daemon
+        self.file = OpenedFile(fd, os.O_WRONLY)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells it from a left-over of a dead daemon
 
-    def keep_prefix(self, length: int) -> None:
-        """Take over the first ``length`` bytes of the file that will be replaced, if there is one."""
-        if not length:
+    def seal(self, file_offset: int, header: bytes) -> None:
+        """Write the header; the rename decides."""
+        pwrite_all(self.file.fd, header, file_offset)
+
+    def reader(self) -> BackingFile | None:
+        """The temporary file, which keeps its content under the final name."""
+        fd, _ = OpenedFile(self.file.fd, os.O_RDONLY).open_pages(DirectIO(False))
+        return OpenedFile(fd, os.O_RDONLY)
+
+    def keep_prefix(self) -> None:
+        """Take over what lies before the stream in the file that will be replaced, if there is one."""
+        if not self._stream_offset:
             return
         try:
             with self._identity.assumed():
@@ -67,8 +152,9 @@ class SaveTarget:
             return
         try:
             done = 0
-            while done < length:
-                count = os.copy_file_range(old, self.fd, min(length - done, _COPY_LENGTH), done, done)
+            while done < self._stream_offset:
+                length = min(self._stream_offset - done, _COPY_LENGTH)
+                count = os.copy_file_range(old, self.file.fd, length, done, done)
                 if count == 0:
                     break
                 done += count
@@ -77,7 +163,7 @@ class SaveTarget:
 
     def publish(self) -> None:
         """Make the file durable and give it its final name."""
-        os.fdatasync(self.fd)
+        os.fdatasync(self.file.fd)
         self._check_replaceable()
         with self._identity.assumed():
             os.rename(self._temporary, self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
@@ -92,10 +178,10 @@ class SaveTarget:
 
     def _close(self) -> None:
         os.close(self._directory)
-        os.close(self.fd)
+        self.file.close()
 
     def _check_replaceable(self) -> None:
-        """Refuse to replace anything but a regular file of one name that is a checkpoint, or empty."""
+        """Refuse to replace anything but a regular file of one name that holds a checkpoint, or nothing yet."""
         try:
             old = os.stat(self._name, dir_fd=self._directory, follow_symlinks=False)
         except FileNotFoundError:
@@ -106,9 +192,10 @@ class SaveTarget:
             raise CommandError(f"{self.path}: is not a regular file; save to another name", errno.EEXIST)
         if old.st_nlink != 1:
             raise CommandError(f"{self.path}: has {old.st_nlink} names (hard links)", errno.EMLINK)
-        if old.st_size and not self._holds_checkpoint():
+        if old.st_size > self._stream_offset and not self._holds_checkpoint():
+            where = f" at byte {self._stream_offset:#x}" if self._stream_offset else ""
             raise CommandError(
-                f"{self.path}: exists and is not a checkpoint; remove it or save to another name",
+                f"{self.path}: exists and holds no checkpoint{where}; remove it or save to another name",
                 errno.EEXIST,
             )
 
@@ -120,7 +207,7 @@ class SaveTarget:
                 dir_fd=self._directory,
             )
         try:
-            return pread(fd, 4, 0) == MAGIC.to_bytes(4)
+            return pread(fd, 4, self._stream_offset) == MAGIC.to_bytes(4)
         finally:
             os.close(fd)
 
@@ -156,3 +243,17 @@ def _open_directory(path: str, forbidden_device: int) -> int:
             raise StorageError(f"{path}: is not a directory", errno.ENOTDIR) from None
     finally:
         os.close(probe)
+
+
+def open_target(
+    address: SeekableAddress, identity: Identity, descriptors: Descriptors, forbidden_device: int
+) -> Target:
+    """Begin to write a checkpoint to ``address``, whose path is absolute (blocking).
+
+    Raises CommandError for what must not be replaced, StorageError if no handed descriptor fits, OSError.
+    """
+    if isinstance(address, FdAddress):
+        return HandedTarget(address, 0, descriptors)
+    if address.fdset_id is not None:
+        return HandedTarget(address, address.offset, descriptors)
+    return PathTarget(address.filename, address.offset, identity, forbidden_device)

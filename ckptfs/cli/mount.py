@@ -12,14 +12,15 @@ from typing import NoReturn
 
 import trio
 
+from ckptfs.channels.descriptors import Descriptors
 from ckptfs.channels.identity import Identity
-from ckptfs.errors import CheckpointError, CkptfsError, CommandError
+from ckptfs.errors import CkptfsError, CommandError
 from ckptfs.fuse.control import describe
 from ckptfs.fuse.daemon import Starter, harden, run_in_background
 from ckptfs.fuse.mount import Mount
 from ckptfs.guest.guest import Guest, Machine
 from ckptfs.guest.opening import open_checkpoint
-from ckptfs.migration.address import FileMigrationArgs, parse_target
+from ckptfs.migration.address import FdAddress, FileMigrationArgs, SeekableAddress, parse_target, seekable_file
 from ckptfs.namespace.options import MountOptions, parse_options
 
 EXIT_USAGE = 1
@@ -82,7 +83,7 @@ def main() -> int:
 def _serve(
     starter: Starter,
     source: str,
-    spec: FileMigrationArgs | None,
+    spec: SeekableAddress | None,
     directory: str,
     options: MountOptions,
     *,
@@ -93,8 +94,6 @@ def _serve(
         _start_logging(options)
         harden()
         guest = open_guest(spec, options)
-    except CheckpointError as error:
-        starter.failed(EXIT_MOUNT, f"{spec.filename if spec else source}: {error}")
     except (CkptfsError, OSError) as error:
         starter.failed(EXIT_MOUNT, describe(error))
     if fake:
@@ -108,48 +107,58 @@ def _serve(
     return 0
 
 
-def _parse_spec(text: str, options: MountOptions) -> FileMigrationArgs | None:
-    """SPEC as an absolute path and an offset; None for ``none``."""
+def _parse_spec(text: str, options: MountOptions) -> SeekableAddress | None:
+    """SPEC with an absolute path and its offset; None for ``none``."""
     if text == "none":
         return None
-    target = parse_target(text)
-    if not isinstance(target, FileMigrationArgs):
-        raise CommandError(f"{text}: SPEC is a file: PATH, file:PATH[,offset=SIZE], or none")
+    target = seekable_file(parse_target(text))
+    if isinstance(target, FdAddress):
+        return target
     if target.offset and options.image_offset:
         raise CommandError(f"{text}: its offset is given twice, image_offset={options.image_offset} too")
     return FileMigrationArgs(os.path.abspath(target.filename), target.offset or options.image_offset or 0)
 
 
-def open_guest(spec: FileMigrationArgs | None, options: MountOptions) -> Guest:
+def open_guest(spec: SeekableAddress | None, options: MountOptions) -> Guest:
     """The guest that SPEC and the options describe: incoming, fresh, or empty.
 
     Raises CheckpointError for a bad file, CommandError where SPEC and ram= contradict one another, or OSError.
     """
-    guest = _open_ram(spec, options)
+    guest = Guest.fresh(list(options.ram.items()))
     guest.read_only = options.read_only
     guest.parameters = options.parameters
     guest.capabilities = options.capabilities
+    guest.shared = {idstr: os.path.abspath(path) for idstr, path in options.shared.items()}
+    guest.descriptors = Descriptors(options.fdset, options.fd)
+    guest.descriptors.check()
     if options.qmp is not None:
         guest.machine = Machine(os.path.abspath(options.qmp), Identity.of_daemon())
+    if spec is not None and _is_there(spec, options):
+        daemon = Identity.of_daemon()
+        guest.fill(open_checkpoint(spec, daemon, guest.descriptors, guest.base_options()))
     return guest
 
 
-def _open_ram(spec: FileMigrationArgs | None, options: MountOptions) -> Guest:
-    exists = spec is not None and os.path.lexists(spec.filename)
-    if spec is None or not exists:
-        if spec is not None and not options.ram:
-            raise CommandError(
-                f"{spec.filename}: no such file; if this is to be a new guest, say how much RAM it has: "
-                "-o ram=pc.ram:1G",
-                errno.ENOENT,
-            )
-        return Guest.fresh(list(options.ram.items()))
-    if options.ram:
+def _is_there(spec: SeekableAddress, options: MountOptions) -> bool:
+    """Whether there is a checkpoint to restore. Refuses what would shadow one, and a guest without any RAM.
+
+    What lies behind a handed descriptor is a new guest's if ram= says so: a descriptor has no name to look up.
+    """
+    if isinstance(spec, FdAddress) or spec.fdset_id is not None:
+        return not options.ram
+    exists = os.path.lexists(spec.filename)
+    if exists and options.ram:
         raise CommandError(
             f"{spec.filename}: is there already; mount it without ram=, or give a new guest another file",
             errno.EEXIST,
         )
-    return Guest.incoming(open_checkpoint(spec.filename, spec.offset, Identity.of_daemon(), options.parameters))
+    if not exists and not options.ram:
+        raise CommandError(
+            f"{spec.filename}: no such file; if this is to be a new guest, say how much RAM it has: "
+            "-o ram=pc.ram:1G",
+            errno.ENOENT,
+        )
+    return exists
 
 
 def _check_mount_point(directory: str) -> None:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
+from ckptfs.channels.descriptors import describe_address
 from ckptfs.channels.identity import Identity
 from ckptfs.errors import CkptfsError, CommandError, StateError
 from ckptfs.fuse.report import describe_mount, query_migrate
 from ckptfs.guest.guest import Machine, SaveRequest
 from ckptfs.migration.address import FileMigrationArgs, SeekableAddress
-from ckptfs.migration.capabilities import format_state, parse_state
+from ckptfs.migration.capabilities import CAPABILITIES, format_state, parse_state
 from ckptfs.migration.parameters import ParameterValue, find_parameter
 from ckptfs.namespace import ctl
 from ckptfs.namespace.names import decode_name
@@ -87,24 +88,13 @@ class Control:
             return f"ok {await self._guest.save(request)}"
         self._refuse_busy()
         self._go_on(lambda: self._guest.save(request))
-        return f"ok saving to {request.path} in the background: follow it in status"
+        return f"ok saving to {describe_address(request.address)} in the background: follow it in status"
 
     def _save_request(self, command: ctl.Save, identity: Identity) -> SaveRequest:
         target = command.target or self._mount.spec
         if target is None:
             raise CommandError("there is no file behind this mount (none): say where to save, as in `save /PATH`")
-        path, offset = self._path(target, identity)
-        return SaveRequest(path, offset, identity, command.ram_only)
-
-    def _path(self, address: SeekableAddress, identity: Identity) -> tuple[str, int]:
-        """The absolute path of a file; a relative one is meant from where the writer of ctl stands."""
-        if not isinstance(address, FileMigrationArgs):
-            raise CommandError(f"fd:{address.name}: no descriptor of that name was handed to this mount")
-        if os.path.isabs(address.filename):
-            return address.filename, address.offset
-        if identity.working_directory is None:
-            raise CommandError(f"{address.filename}: give the whole path, beginning with /", errno.ENOENT)
-        return os.path.join(identity.working_directory, address.filename), address.offset
+        return SaveRequest(_absolute(target, identity), identity, command.ram_only)
 
     def _refuse_busy(self) -> None:
         if self._guest.migration.running:
@@ -124,9 +114,9 @@ class Control:
         self._nursery.start_soon(run)
 
     async def _migrate_incoming(self, command: ctl.MigrateIncoming, identity: Identity) -> str:
-        path, offset = self._path(command.source, identity)
-        await self._mount.fill(path, offset, identity)
-        return f"ok incoming from {path}"
+        source = _absolute(command.source, identity)
+        await self._mount.fill(source, identity)
+        return f"ok incoming from {describe_address(source)}"
 
     async def _cancel(self, command: ctl.Cancel, identity: Identity) -> str:
         return f"ok {await self._guest.cancel()}"
@@ -158,11 +148,12 @@ class Control:
 
     async def _set_capability(self, command: ctl.SetCapability, identity: Identity) -> str:
         self._change_capability(command.name, command.state)
-        return f"ok {command.name} {format_state(command.state)}"
+        return f"ok {command.name} {format_state(command.state)}{_remark(CAPABILITIES[command.name].no_effect)}"
 
     async def _set_parameter(self, command: ctl.SetParameter, identity: Identity) -> str:
         self._change_parameter(command.name, command.value)
-        return f"ok {command.name} {self._guest.parameters.get(command.name)}"
+        value = self._guest.parameters.get(command.name)
+        return f"ok {command.name} {value}{_remark(find_parameter(command.name).no_effect)}"
 
     async def _info(self, command: ctl.Info, identity: Identity) -> str:
         match command.topic:
@@ -198,7 +189,7 @@ class Control:
         if command.socket is None:
             self._guest.machine = None
             return "ok no QEMU is bound"
-        path, _ = self._path(FileMigrationArgs(command.socket), identity)
+        path = describe_address(_absolute(FileMigrationArgs(command.socket), identity))
         self._guest.machine = Machine(path, identity)
         return f"ok bound to {path}"
 
@@ -237,6 +228,20 @@ class Control:
         """A snapshot of the mount."""
         outcome = self.last.line.decode(errors="replace").strip() or None
         return describe_mount(self._mount, self.last_command, outcome)
+
+
+def _remark(no_effect: str) -> str:
+    """Say of a setting that it does nothing, and why."""
+    return f" (without effect: {no_effect})" if no_effect else ""
+
+
+def _absolute(address: SeekableAddress, identity: Identity) -> SeekableAddress:
+    """The address with its path made absolute: a relative one is meant from where the writer of ctl stands."""
+    if not isinstance(address, FileMigrationArgs) or os.path.isabs(address.filename):
+        return address
+    if identity.working_directory is None:
+        raise CommandError(f"{address.filename}: give the whole path, beginning with /", errno.ENOENT)
+    return FileMigrationArgs(os.path.join(identity.working_directory, address.filename), address.offset)
 
 
 def _one_line(data: bytes) -> str:

@@ -29,7 +29,7 @@ from ckptfs.fuse.report import describe_block
 from ckptfs.fuse.tuning import tune_backing_device
 from ckptfs.guest.guest import Guest
 from ckptfs.guest.opening import open_checkpoint
-from ckptfs.migration.address import FileMigrationArgs
+from ckptfs.migration.address import SeekableAddress
 from ckptfs.namespace import tree as nodes
 from ckptfs.namespace.names import decode_name
 from ckptfs.namespace.options import MountOptions
@@ -55,7 +55,7 @@ class Mount:
         mountpoint: str,
         source: str,
         options: MountOptions,
-        spec: FileMigrationArgs | None,
+        spec: SeekableAddress | None,
     ) -> None:
         self.guest = guest
         self.mountpoint = mountpoint
@@ -119,12 +119,15 @@ class Mount:
         elif node.kind not in (NodeKind.CTL, NodeKind.PARAMETER, NodeKind.CAPABILITY):
             raise CommandError(f"{node.name!r} has no size that could be set", errno.EPERM)
 
-    async def fill(self, path: str, stream_offset: int, identity: Identity) -> None:
+    async def fill(self, source: SeekableAddress, identity: Identity) -> None:
         """Make an empty mount the incoming side of a checkpoint (migrate_incoming)."""
-        parameters, device = self.guest.parameters, self.guest.mount_device
-        self.guest.refuse_filled()
-        base = await trio.to_thread.run_sync(open_checkpoint, path, stream_offset, identity, parameters, device)
-        self.guest.fill(base)
+        guest = self.guest
+        guest.refuse_filled()
+        guest.fill(
+            await trio.to_thread.run_sync(
+                open_checkpoint, source, identity, guest.descriptors, guest.base_options(), guest.mount_device
+            )
+        )
 
     async def open(self, node: Node, opener: Opener) -> Handle:
         """Open a node: the one place that knows which handle is whose."""

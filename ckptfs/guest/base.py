@@ -1,5 +1,6 @@
 """The checkpoint that RAM is restored from: an open backing file, its layout, and channels to read pages."""
 
+import contextlib
 import errno
 import logging
 import os
@@ -7,14 +8,18 @@ from dataclasses import dataclass, field
 
 import trio
 
-from ckptfs.channels.backing_file import DirectIO, FileSource
+from ckptfs.channels.backing_file import BackingFile, DirectIO, FileSource, OpenedFile
 from ckptfs.channels.buffers import AlignedBuffers
 from ckptfs.channels.channels import BACKING_DEADLINE, Channel, Channels
-from ckptfs.errors import CkptfsError, StorageError
+from ckptfs.errors import CkptfsError, CommandError, StorageError
 from ckptfs.guest.block import BaseBlock
-from ckptfs.mapped_ram.bitmap import Run
-from ckptfs.mapped_ram.checkpoint import read_checkpoint, read_device_state, read_setup
+from ckptfs.guest.pages import MappedPages, PageSource, RecordedPages
+from ckptfs.mapped_ram.bitmap import PagesBitmap, Run
+from ckptfs.mapped_ram.checkpoint import Checkpoint, read_checkpoint, read_device_state, read_setup
 from ckptfs.mapped_ram.layout import Image, image_of
+from ckptfs.mapped_ram.precopy import read_precopy
+from ckptfs.mapped_ram.ramblock import RAMBlock
+from ckptfs.mapped_ram.stream import Cursor, is_mapped_ram, read_stream_header
 
 log = logging.getLogger(__name__)
 
@@ -26,6 +31,16 @@ class BadPagesError(StorageError):
         super().__init__(f"{idstr}: page {', '.join(map(str, pages[:8]))} can't be read: {reason}", errno.EIO)
         self.idstr = idstr
         self.pages = pages
+
+
+@dataclass(frozen=True)
+class BaseOptions:
+    """How a checkpoint is read; ``shared`` names the files of RAM that it leaves out, by idstr."""
+
+    direct_io: DirectIO
+    channel_count: int
+    shared: dict[str, str] = field(default_factory=dict)
+    deadline: float = BACKING_DEADLINE
 
 
 @dataclass
@@ -42,44 +57,41 @@ class _Fetch:
 class Base:
     """An open checkpoint; ``blocks`` by idstr. Its device state is held in memory, its pages stay in the file."""
 
-    def __init__(
-        self,
-        path: str,
-        fd: int,
-        stream_offset: int,
-        direct_io: DirectIO,
-        channel_count: int,
-        deadline: float = BACKING_DEADLINE,
-    ) -> None:
-        """Read the checkpoint behind ``fd`` and take the descriptor over (blocking).
+    def __init__(self, path: str, file: BackingFile, stream_offset: int, options: BaseOptions) -> None:
+        """Read the checkpoint in ``file``, mapped-ram or plain, and take the file over (blocking).
 
-        Raises CheckpointError, naming the byte, for anything that is not a whole and honest checkpoint.
+        Raises CheckpointError, naming the byte, for anything that is not a whole and honest checkpoint;
+        CommandError if RAM that it leaves out is not given as a file, and OSError.
         """
         self.path = path
-        source = FileSource(fd)
-        self.checkpoint, file_bmaps = read_checkpoint(source, stream_offset)
-        self.setup = read_setup(source, self.checkpoint)
-        self.device_state = read_device_state(source, self.checkpoint)
-        self.blocks = {
-            block.idstr: BaseBlock(block.pages_offset, file_bmaps[block.idstr])
-            for block in self.checkpoint.blocks
-            if block.pages_offset is not None
-        }
         self.bytes_read = 0
         self.read_count = 0
-        self._fd = fd
-        self._in_flight: dict[str, list[_Fetch]] = {idstr: [] for idstr in self.blocks}
+        self.deadline = options.deadline
+        source = FileSource(file.fd)
+        with contextlib.ExitStack() as undo:
+            mapped = is_mapped_ram(read_stream_header(Cursor(source, stream_offset)))
+            direct_io = options.direct_io if mapped else DirectIO(False)  # a plain stream's pages are not aligned
+            channels = Channels.open(file, direct_io, options.channel_count, options.deadline)
+            undo.callback(channels.close)
+            blocks_of = _mapped_blocks if mapped else _recorded_blocks
+            self.checkpoint, self.blocks = blocks_of(source, stream_offset, channels)
+            self.setup = read_setup(source, self.checkpoint)
+            self.device_state = read_device_state(source, self.checkpoint)
+            for block in self._left_out():
+                self.blocks[block.idstr] = _shared_block(block, options, undo)
+            undo.callback(file.close)
+            self._resources = undo.pop_all()
+        self.direct_io = channels.direct_io
         self._buffers = AlignedBuffers()
-        self._channels = Channels.open(fd, os.O_RDONLY, direct_io, channel_count, deadline)
+        self._in_flight: dict[str, list[_Fetch]] = {idstr: [] for idstr in self.blocks}
+
+    def _left_out(self) -> list[RAMBlock]:
+        """The blocks whose content the checkpoint leaves in a shared file (x-ignore-shared)."""
+        return [block for block in self.checkpoint.blocks if block.idstr not in self.blocks]
 
     def image(self) -> Image:
         """All of the checkpoint but its pages, to be written beside newer ones."""
         return image_of(self.checkpoint, self.setup, self.device_state)
-
-    @property
-    def direct_io(self) -> bool:
-        """Whether pages are read past the page cache of the backing file."""
-        return self._channels.direct_io
 
     async def fetch(self, idstr: str, start: int, stop: int, page_size: int, *, urgent: bool) -> memoryview:
         """Return pages [start, stop) as the checkpoint has them; pages it has no data for are zeros.
@@ -119,49 +131,98 @@ class Base:
             for run in runs:
                 _zero(buffer, (position - start) * page_size, (run.start - start) * page_size)
                 part = buffer[(run.start - start) * page_size : (run.stop - start) * page_size]
-                _read_run(channel, part, idstr, block, run, page_size)
+                _read_run(channel, part, idstr, block.pages, run, page_size)
                 position = run.stop
             _zero(buffer, (position - start) * page_size, len(buffer))
 
-        await self._channels.carry(read_runs, urgent=urgent)
+        await block.pages.channels.carry(read_runs, urgent=urgent)
         self.read_count += len(runs)
         self.bytes_read += sum(run.stop - run.start for run in runs) * page_size
         return buffer
 
     async def read_into(self, idstr: str, run: Run, view: memoryview, page_size: int) -> None:
         """Read a run of pages that are all in the checkpoint into ``view``, behind all readers."""
-        block = self.blocks[idstr]
-        await self._channels.carry(
-            lambda channel: _read_run(channel, view, idstr, block, run, page_size), urgent=False
+        pages = self.blocks[idstr].pages
+        await pages.channels.carry(
+            lambda channel: _read_run(channel, view, idstr, pages, run, page_size), urgent=False
         )
         self.read_count += 1
         self.bytes_read += len(view)
 
     def close(self) -> None:
         """Close the backing file; reads that are under way end first."""
-        self._channels.close()
-        os.close(self._fd)
+        self._resources.close()
 
 
-def _read_run(channel: Channel, part: memoryview, idstr: str, block: BaseBlock, run: Run, page_size: int) -> None:
-    file_offset = block.pages_offset + run.start * page_size
+def _mapped_blocks(
+    source: FileSource, stream_offset: int, channels: Channels
+) -> tuple[Checkpoint, dict[str, BaseBlock]]:
+    """A mapped-ram file: every page at its place."""
+    checkpoint, file_bmaps = read_checkpoint(source, stream_offset)
+    return checkpoint, {
+        block.idstr: BaseBlock(file_bmaps[block.idstr], MappedPages(channels, block.pages_offset, block.page_size))
+        for block in checkpoint.blocks
+        if block.pages_offset is not None
+    }
+
+
+def _recorded_blocks(
+    source: FileSource, stream_offset: int, channels: Channels
+) -> tuple[Checkpoint, dict[str, BaseBlock]]:
+    """A plain stream: a page's newest record is where the index says."""
+    stream = read_precopy(source, stream_offset)
+    checkpoint = stream.checkpoint
+    blocks = {
+        idstr: BaseBlock(stream.file_bmap(idstr), RecordedPages(channels, stream, idstr))
+        for idstr in stream.page_offsets
+    }
+    for block in checkpoint.blocks:
+        if block.idstr not in blocks and "x-ignore-shared" not in checkpoint.capabilities:
+            blocks[block.idstr] = BaseBlock(
+                PagesBitmap(block.page_count), RecordedPages(channels, stream, block.idstr)
+            )
+    return checkpoint, blocks
+
+
+def _shared_block(block: RAMBlock, options: BaseOptions, undo: contextlib.ExitStack) -> BaseBlock:
+    """RAM that the checkpoint leaves out: all of a file that was named for it."""
+    path = options.shared.get(block.idstr)
+    if path is None:
+        raise CommandError(
+            f"the checkpoint leaves out {block.idstr} (x-ignore-shared): name its file, "
+            f"-o shared={block.idstr}:PATH"
+        )
+    file = OpenedFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), os.O_RDONLY)
+    undo.callback(file.close)
+    length = os.lseek(file.fd, 0, os.SEEK_END)
+    if length < block.used_length:
+        raise CommandError(f"{path}: has {length} bytes, block {block.idstr} has {block.used_length}")
+    channels = Channels.open(file, options.direct_io, options.channel_count, options.deadline)
+    undo.callback(channels.close)
+    all_pages = PagesBitmap(block.page_count)
+    all_pages.set(0, block.page_count)
+    return BaseBlock(all_pages, MappedPages(channels, 0, block.page_size))
+
+
+def _read_run(channel: Channel, part: memoryview, idstr: str, pages: PageSource, run: Run, page_size: int) -> None:
     try:
-        channel.pread_exactly(part, file_offset)
-    except (OSError, StorageError) as error:
-        bad = _bad_pages(channel, part, file_offset, page_size)
+        pages.read(channel, part, run)
+    except (OSError, CkptfsError) as error:
+        bad = _bad_pages(channel, part, pages, run, page_size)
         log.error("%s: page(s) %s can't be read from the checkpoint: %s", idstr, bad, error)
-        raise BadPagesError(idstr, [run.start + page for page in bad], str(error)) from error
+        raise BadPagesError(idstr, bad, str(error)) from error
 
 
-def _bad_pages(channel: Channel, part: memoryview, file_offset: int, page_size: int) -> list[int]:
+def _bad_pages(channel: Channel, part: memoryview, pages: PageSource, run: Run, page_size: int) -> list[int]:
     """Find out which pages of a failed read are the bad ones (a loop over the pages of one failed request)."""
     bad = []
-    for page in range(len(part) // page_size):
+    for page in range(run.start, run.stop):
+        at = (page - run.start) * page_size
         try:
-            channel.pread_exactly(part[page * page_size : (page + 1) * page_size], file_offset + page * page_size)
-        except (OSError, StorageError):
+            pages.read(channel, part[at : at + page_size], Run(page, page + 1))
+        except (OSError, CkptfsError):
             bad.append(page)
-    return bad or list(range(len(part) // page_size))
+    return bad or list(range(run.start, run.stop))
 
 
 def _zero(buffer: memoryview, start: int, stop: int) -> None:

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ckptfs.guest.layer import Layer
+from ckptfs.guest.pages import PageSource
 from ckptfs.mapped_ram.bitmap import PagesBitmap
 
 
@@ -52,10 +53,10 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class BaseBlock:
-    """A RAM block of the base checkpoint: which pages it has data for, and where in the file they begin."""
+    """A RAM block of the base checkpoint: which pages it has data for, and where those are."""
 
-    pages_offset: int
     file_bmap: PagesBitmap
+    pages: PageSource
 
 
 @dataclass(frozen=True)

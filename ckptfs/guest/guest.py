@@ -8,7 +8,6 @@ no other code path: saving a half-restored guest is the same as saving a fresh o
 import contextlib
 import errno
 import logging
-import os
 from collections.abc import AsyncIterator, Collection, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -17,22 +16,25 @@ from typing import Protocol
 
 import trio
 
-from ckptfs.channels.backing_file import DirectIO, reopen
+from ckptfs.channels.backing_file import DirectIO
+from ckptfs.channels.descriptors import Descriptors, describe_address
 from ckptfs.channels.identity import Identity
-from ckptfs.channels.target import SaveTarget
+from ckptfs.channels.target import Target, open_target
 from ckptfs.errors import CommandError, QemuError, StateError, StorageError
-from ckptfs.guest.base import BadPagesError, Base
+from ckptfs.guest.base import BadPagesError, Base, BaseOptions
 from ckptfs.guest.block import BaseBlock, Content, GuestBlock, PageStack
 from ckptfs.guest.incoming import restore_blocks
 from ckptfs.guest.layer import Layer
 from ckptfs.guest.live import compose
 from ckptfs.guest.migration import Migration
-from ckptfs.guest.outgoing import Epoch, SaveOptions, write_checkpoint
+from ckptfs.guest.outgoing import Epoch, SaveOptions, Written, write_checkpoint
 from ckptfs.mapped_ram.layout import Image, empty_image
 from ckptfs.mapped_ram.precopy import vmstate_stream
+from ckptfs.migration.address import FileMigrationArgs, SeekableAddress
 from ckptfs.migration.capabilities import MigrationCapabilities
 from ckptfs.migration.outgoing import page_chunks
-from ckptfs.migration.parameters import MigrationParameters, ZeroPageDetection
+from ckptfs.migration.parameters import MigrationParameters
+from ckptfs.migration.ratelimit import RateLimit
 from ckptfs.migration.status import MigrationStatus
 from ckptfs.qemu.backends import RAMFile, check_backends, is_backend
 from ckptfs.qemu.live import capture
@@ -84,12 +86,16 @@ class Machine:
 
 @dataclass(frozen=True)
 class SaveRequest:
-    """Where to save, as whom, and whether RAM alone is meant though there is device state."""
+    """Where to save (a path is absolute), as whom, and whether RAM alone is meant though there is device state."""
 
-    path: str
-    stream_offset: int
+    address: SeekableAddress
     identity: Identity
     ram_only: bool = False
+
+    @property
+    def stream_offset(self) -> int:
+        """Where in the file the stream begins."""
+        return self.address.offset if isinstance(self.address, FileMigrationArgs) else 0
 
 
 class Guest:
@@ -106,6 +112,10 @@ class Guest:
         """Whether all RAM is in memory, so that no backing file is needed."""
         self.parameters = MigrationParameters()
         self.capabilities = MigrationCapabilities()
+        self.descriptors = Descriptors()
+        self.shared: dict[str, str] = {}
+        """Files of RAM that checkpoints may leave out, by idstr."""
+        self._rate_limit = RateLimit()
         self.migration = Migration("migration", "")
         self.machine: Machine | None = None
         self.machine_ran = False
@@ -386,47 +396,63 @@ class Guest:
         """
         if self.read_only:
             raise StateError("the mount is read-only (ro): there is nothing to save", errno.EPERM)
-        migration = Migration("save", request.path)
+        self.capabilities.check_file_transport()
+        name = describe_address(request.address)
+        migration = Migration("save", name)
         async with self._migrating(migration):
-            target = await trio.to_thread.run_sync(SaveTarget, request.path, request.identity, self.mount_device)
+            target = await trio.to_thread.run_sync(
+                open_target, request.address, request.identity, self.descriptors, self.mount_device
+            )
             try:
                 await self._save_to(target, request, migration)
             except BaseException:
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(target.discard)
                 raise
-        return f"saved {request.path}: {migration.summary()}"
+        return f"saved {name}: {migration.summary()}"
 
-    async def _save_to(self, target: SaveTarget, request: SaveRequest, migration: Migration) -> None:
-        await trio.to_thread.run_sync(target.keep_prefix, request.stream_offset)
+    async def _save_to(self, target: Target, request: SaveRequest, migration: Migration) -> None:
+        await trio.to_thread.run_sync(target.keep_prefix)
         epoch, image = await self._begin_epoch(request)
         try:
             migration.advance(MigrationStatus.ACTIVE)
-            self.direct_io = await write_checkpoint(
-                target.fd, request.stream_offset, image, epoch, self._save_options(), migration.progress
+            written = await write_checkpoint(
+                target.file, request.stream_offset, image, epoch, self._save_options(), migration.progress
             )
+            self.direct_io = written.direct_io
             migration.advance(MigrationStatus.DEVICE)
-            base = await trio.to_thread.run_sync(self._open_saved, target, request.stream_offset)
             with trio.CancelScope(shield=True):  # either it is published, or it is not
-                try:
-                    await trio.to_thread.run_sync(target.publish)
-                except BaseException:
-                    base.close()
-                    raise
-                await self._rebase(epoch, base)
+                base = await trio.to_thread.run_sync(self._publish, target, written, request.stream_offset)
+                if base is None:
+                    await self.thaw(epoch)
+                else:
+                    await self._rebase(epoch, base)
         except BaseException:
             with trio.CancelScope(shield=True):
                 await self.thaw(epoch)
             raise
 
-    def _open_saved(self, target: SaveTarget, stream_offset: int) -> Base:
-        """Read back what was written, before it is published: it becomes the base, so it had better be whole."""
-        fd = reopen(target.fd, os.O_RDONLY)
+    def _publish(self, target: Target, written: Written, stream_offset: int) -> Base | None:
+        """Publish what was written, once it has been read back: it becomes the base, so it had better be whole.
+
+        None if it can't be read (a descriptor for writing alone was handed in): the base stays what it was.
+        """
+        target.seal(*written.header)
+        file = target.reader()
+        if file is None:
+            target.publish()
+            return None
         try:
-            return Base(target.path, fd, stream_offset, self._direct_io(), self.parameters.multifd_channels)
+            base = Base(target.path, file, stream_offset, self.base_options())
         except BaseException:
-            os.close(fd)
+            file.close()
             raise
+        try:
+            target.publish()
+        except BaseException:
+            base.close()
+            raise
+        return base
 
     async def _begin_epoch(self, request: SaveRequest) -> tuple[Epoch, Image]:
         """Return RAM at one moment, and what goes into the file beside it."""
@@ -499,19 +525,31 @@ class Guest:
             return self.base.image()
         return empty_image([(block.idstr, block.used_length) for block in self.blocks.values()], self.page_size)
 
+    def base_options(self) -> BaseOptions:
+        """How a checkpoint is read here."""
+        return BaseOptions(self._direct_io(), self.parameters.multifd_channels, self.shared)
+
     def _direct_io(self) -> DirectIO:
         return DirectIO(self.parameters.direct_io, self.parameters.direct_io_required)
 
     def _save_options(self) -> SaveOptions:
+        """As QEMU: without multifd there is one channel, and direct-io has no effect."""
+        parameters, multifd = self.parameters, self.capabilities.multifd
         return SaveOptions(
-            channel_count=self.parameters.multifd_channels,
-            direct_io=self._direct_io(),
-            detect_zero_pages=self.parameters.zero_page_detection is not ZeroPageDetection.NONE,
+            channel_count=parameters.multifd_channels if multifd else 1,
+            direct_io=self._direct_io() if multifd else DirectIO(False),
+            zero_page_detection=parameters.zero_page_detection,
             wait_for_bandwidth=self._wait_for_bandwidth,
+            charge=self._rate_limit.charge,
         )
 
     async def _wait_for_bandwidth(self, length: int) -> None:
-        del length
+        """max-bandwidth may change while a save runs, and counts at once."""
+        self._rate_limit.bytes_per_second = self.parameters.max_bandwidth
+        while delay := self._rate_limit.delay(trio.current_time()):
+            await trio.sleep(delay)
+            self._rate_limit.bytes_per_second = self.parameters.max_bandwidth
+        self._rate_limit.charge(length)
 
     def left_out(self, backends: Collection[str]) -> list[str]:
         """The blocks that a machine has as memory backends on this mount, so that its stream leaves them out.

@@ -1,7 +1,5 @@
 """A live checkpoint put together: frozen RAM of the mount, and all else out of QEMU's device state stream."""
 
-from dataclasses import dataclass
-
 from ckptfs.errors import QemuError
 from ckptfs.guest.block import PageStack
 from ckptfs.guest.layer import Layer
@@ -10,23 +8,8 @@ from ckptfs.mapped_ram.checkpoint import Checkpoint, read_device_state, read_set
 from ckptfs.mapped_ram.layout import Image, image_of
 from ckptfs.mapped_ram.precopy import PrecopyStream, read_precopy
 from ckptfs.mapped_ram.ramblock import RAMBlock
+from ckptfs.mapped_ram.stream import BytesSource
 from ckptfs.qemu.live import Capture
-
-
-@dataclass(frozen=True)
-class BytesSource:
-    """A stream that is held in memory, as the parsers want it."""
-
-    data: bytes
-
-    @property
-    def length(self) -> int:
-        """Length in bytes."""
-        return len(self.data)
-
-    def pread(self, file_offset: int, length: int) -> bytes:
-        """The bytes from ``file_offset`` on, fewer at the end."""
-        return self.data[file_offset : file_offset + length]
 
 
 def compose(capture: Capture[Epoch]) -> tuple[Epoch, Image]:

@@ -5,7 +5,6 @@ only the base has them, through a buffer; zero pages are found and left as holes
 Bitmaps come last, as QEMU writes them, and the stream's header very last.
 """
 
-import os
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,14 +12,15 @@ from functools import partial
 import numpy as np
 import trio
 
-from ckptfs.channels.backing_file import DirectIO, pwrite_all
+from ckptfs.channels.backing_file import BackingFile, DirectIO, pwrite_all
 from ckptfs.channels.channels import Channel, Channels
 from ckptfs.guest.base import Base
-from ckptfs.guest.block import BaseBlock, Content, PageStack, Segment
+from ckptfs.guest.block import Content, PageStack, Segment
 from ckptfs.guest.layer import Layer
 from ckptfs.mapped_ram.bitmap import PagesBitmap, Run
 from ckptfs.mapped_ram.layout import Image, layout
 from ckptfs.migration.outgoing import coalesce, nonzero_pages, page_chunks
+from ckptfs.migration.parameters import ZeroPageDetection
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,27 @@ class SaveOptions:
 
     channel_count: int
     direct_io: DirectIO
-    detect_zero_pages: bool
+    zero_page_detection: ZeroPageDetection
     wait_for_bandwidth: Callable[[int], Awaitable[None]]
+    """Returns when a payload of so many bytes may go, and counts them."""
+    charge: Callable[[int], None]
+    """Corrects the count."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What is left to do: the stream's header, position and bytes; and whether pages bypassed the page cache."""
+
+    header: tuple[int, bytes]
+    direct_io: bool
+
+
+@dataclass(frozen=True)
+class _OutgoingBlock:
+    """A block of the file that is being written: where its pages go, and which have gone."""
+
+    pages_offset: int
+    file_bmap: PagesBitmap
 
 
 @dataclass(frozen=True)
@@ -65,20 +84,18 @@ class _Chunk:
 
 
 async def write_checkpoint(
-    fd: int, stream_offset: int, image: Image, epoch: Epoch, options: SaveOptions, progress: Progress
-) -> bool:
-    """Write ``epoch`` into the empty file behind ``fd``; return whether its pages went past the page cache.
+    file: BackingFile, stream_offset: int, image: Image, epoch: Epoch, options: SaveOptions, progress: Progress
+) -> Written:
+    """Write ``epoch`` into ``file``, all but the stream's header; nothing is durable yet when this returns.
 
-    Nothing is durable yet when this returns (`SaveTarget.publish`). Raises OSError or StorageError.
+    Raises OSError, StorageError, or BadPagesError for a page of the base that can't be read.
     """
     plan = layout(image, stream_offset)
     blocks = {
-        block.idstr: BaseBlock(block.pages_offset or 0, PagesBitmap(block.page_count)) for block in plan.blocks
+        block.idstr: _OutgoingBlock(block.pages_offset or 0, PagesBitmap(block.page_count)) for block in plan.blocks
     }
-    await trio.to_thread.run_sync(_write_extents, fd, plan.extents[1:])
-    channels = await trio.to_thread.run_sync(
-        Channels.open, fd, os.O_WRONLY, options.direct_io, options.channel_count
-    )
+    await trio.to_thread.run_sync(_write_extents, file.fd, plan.extents[1:])
+    channels = await trio.to_thread.run_sync(Channels.open, file, options.direct_io, options.channel_count)
     try:
         with_data = {idstr: stack.with_data() for idstr, stack in epoch.stacks.items()}
         progress.total_pages = sum(bitmap.page_count for bitmap in with_data.values())
@@ -96,14 +113,14 @@ async def write_checkpoint(
         (block.bitmap_offset or 0, blocks[block.idstr].file_bmap.to_bytes(image.bitmap_byteorder))
         for block in plan.blocks
     ]
-    await trio.to_thread.run_sync(_write_extents, fd, [*bitmaps, plan.extents[0]])
-    return channels.direct_io
+    await trio.to_thread.run_sync(_write_extents, file.fd, bitmaps)
+    return Written(plan.header, channels.direct_io)
 
 
 async def _write_chunks(
     chunks: Iterator[_Chunk],
     channels: Channels,
-    blocks: dict[str, BaseBlock],
+    blocks: dict[str, _OutgoingBlock],
     page_size: int,
     epoch: Epoch,
     options: SaveOptions,
@@ -113,15 +130,18 @@ async def _write_chunks(
     for chunk in chunks:
         pieces = await _pieces(chunk, page_size, epoch)
         length = sum(len(view) for _, view in pieces)
+        if options.zero_page_detection is ZeroPageDetection.LEGACY:
+            pieces = list(_nonzero_pieces(pieces, page_size))
         await options.wait_for_bandwidth(length)
         payload = partial(
             _write_pieces,
             pieces=pieces,
             block=blocks[chunk.idstr],
             page_size=page_size,
-            detect_zero_pages=options.detect_zero_pages,
+            detect_zero_pages=options.zero_page_detection is ZeroPageDetection.MULTIFD,
         )
         normal_pages = await channels.carry(payload)
+        options.charge(normal_pages * page_size - length)  # zero pages cost nothing
         page_count = length // page_size
         progress.normal_pages += normal_pages
         progress.zero_pages += page_count - normal_pages
@@ -152,54 +172,43 @@ def _write_pieces(
     channel: Channel,
     *,
     pieces: list[tuple[int, memoryview]],
-    block: BaseBlock,
+    block: _OutgoingBlock,
     page_size: int,
     detect_zero_pages: bool,
 ) -> int:
     """Write the pages that are not zero and mark them; return how many they were. Runs in a worker thread."""
     normal_pages = 0
-    for batch in _contiguous(pieces, page_size):
-        for page, views in _runs_to_write(batch, page_size, detect_zero_pages):
-            channel.pwritev_all(views, block.pages_offset + page * page_size)
-            page_count = sum(map(len, views)) // page_size
-            block.file_bmap.set(page, page + page_count)
-            normal_pages += page_count
+    if detect_zero_pages:
+        pieces = list(_nonzero_pieces(pieces, page_size))
+    for page, views in _contiguous(pieces, page_size):
+        channel.pwritev_all(views, block.pages_offset + page * page_size)
+        page_count = sum(map(len, views)) // page_size
+        block.file_bmap.set(page, page + page_count)
+        normal_pages += page_count
     return normal_pages
 
 
-def _contiguous(pieces: list[tuple[int, memoryview]], page_size: int) -> Iterator[list[tuple[int, memoryview]]]:
-    """Group pieces that follow one another in the block, whatever memory they come from."""
-    group: list[tuple[int, memoryview]] = []
+def _nonzero_pieces(pieces: list[tuple[int, memoryview]], page_size: int) -> Iterator[tuple[int, memoryview]]:
+    """Cut the zero pages out of pieces, each (first page, bytes)."""
     for page, view in pieces:
-        if group and group[-1][0] + len(group[-1][1]) // page_size != page:
-            yield group
-            group = []
-        group.append((page, view))
-    if group:
-        yield group
-
-
-def _runs_to_write(
-    batch: list[tuple[int, memoryview]], page_size: int, detect_zero_pages: bool
-) -> Iterator[tuple[int, list[memoryview]]]:
-    """Cut a contiguous batch into runs of pages to write: (first page, views)."""
-    if not detect_zero_pages:
-        yield batch[0][0], [view for _, view in batch]
-        return
-    run_start = run_stop = -1
-    views: list[memoryview] = []
-    for page, view in batch:
         for run in coalesce(nonzero_pages(np.frombuffer(view, np.uint8), page_size)):
-            part = view[run.start * page_size : run.stop * page_size]
-            if page + run.start != run_stop and views:
-                yield run_start, views
-                views = []
-            if not views:
-                run_start = page + run.start
-            views.append(part)
-            run_stop = page + run.stop
+            yield page + run.start, view[run.start * page_size : run.stop * page_size]
+
+
+def _contiguous(pieces: list[tuple[int, memoryview]], page_size: int) -> Iterator[tuple[int, list[memoryview]]]:
+    """Join pieces that follow one another in the block, whatever memory they come from, into vectored writes."""
+    first, stop = 0, -1
+    views: list[memoryview] = []
+    for page, view in pieces:
+        if page != stop and views:
+            yield first, views
+            views = []
+        if not views:
+            first = page
+        views.append(view)
+        stop = page + len(view) // page_size
     if views:
-        yield run_start, views
+        yield first, views
 
 
 def _write_extents(fd: int, extents: list[tuple[int, bytes]]) -> None:

@@ -11,6 +11,7 @@ bytes, or one zero byte for a ZERO page (``ram_load_precopy`` in ``migration/ram
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -48,6 +49,13 @@ _CHUNK_LENGTH = 16 << 20
 _FIRST_STRETCH = 16  # records
 
 
+class PageBytes(Protocol):
+    """Whatever the stream's bytes can be read from, by position."""
+
+    def pread(self, file_offset: int, length: int) -> bytes:
+        """The bytes at ``file_offset``: ``length`` of them, or fewer only where the file ends."""
+
+
 @dataclass(frozen=True)
 class PrecopyStream:
     """A plain stream: ``checkpoint`` holds all that is not pages, ``page_offsets`` where those are.
@@ -67,7 +75,7 @@ class PrecopyStream:
         bitmap.set_mask(0, offsets != 0)
         return bitmap
 
-    def read_pages(self, source: Source, idstr: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
+    def read_pages(self, source: PageBytes, idstr: str, start: int, stop: int) -> npt.NDArray[np.uint8]:
         """Pages ``start`` to ``stop`` of a block in ``page_offsets``: an array of (pages, page_size) bytes.
 
         Raises CheckpointError if the file has become shorter.
