@@ -22,7 +22,8 @@ class Layer:
         self._fd = os.memfd_create(f"ckptfs:{idstr[:200]}", os.MFD_CLOEXEC)
         try:
             os.ftruncate(self._fd, length)
-            self._memory = mmap.mmap(self._fd, length or mmap.PAGESIZE)  # no mapping can be empty
+            # no mapping can be empty: a block that has no size yet has one of nothing
+            self._memory = mmap.mmap(self._fd, length) if length else mmap.mmap(-1, mmap.PAGESIZE)
         except BaseException:
             os.close(self._fd)
             raise

@@ -26,18 +26,18 @@ class _Reader:
         self.position = position
         self.data = np.memmap(path, np.uint8, mode="r")
 
-    def bytes(self, length: int) -> bytes:
+    def take(self, length: int) -> bytes:
         self.position += length
         return self.data[self.position - length : self.position].tobytes()
 
     def number(self, length: int) -> int:
-        return int.from_bytes(self.bytes(length))
+        return int.from_bytes(self.take(length))
 
     def text(self) -> bytes:
-        return self.bytes(self.number(1))
+        return self.take(self.number(1))
 
     def expect(self, form: str, *values: int) -> None:
-        found = struct.unpack(form, self.bytes(struct.calcsize(form)))
+        found = struct.unpack(form, self.take(struct.calcsize(form)))
         if found != values:
             raise ValueError(f"{self.path}: {found} before byte {self.position:#x} should be {values}")
 
@@ -46,7 +46,7 @@ def decode(path: Path, offset: int = 0) -> Decoded:
     """Decode a file as QEMU 9.0 or later writes it for a PC; ValueError or struct.error if it is none."""
     reader = _Reader(path, offset)
     reader.expect(">IIB", 0x5145564D, 3, _CONFIGURATION)
-    reader.bytes(reader.number(4))  # machine
+    reader.take(reader.number(4))  # machine
     reader.expect("B", _SUBSECTION)
     if (name := reader.text()) != b"configuration/capabilities":
         raise ValueError(f"{path}: {name!r}")
@@ -63,7 +63,7 @@ def decode(path: Path, offset: int = 0) -> Decoded:
     while (section_type := reader.number(1)) != _END:
         if section_type == _COMMAND:
             reader.number(2)
-            reader.bytes(reader.number(2))
+            reader.take(reader.number(2))
         elif section_type == _PART:
             reader.expect(">IQBI", ram_id, _RAM_FLAG_EOS, _FOOTER, ram_id)
         else:
@@ -82,7 +82,7 @@ def _decode_blocks(reader: _Reader) -> dict[str, npt.NDArray[np.uint8]]:
         reader.expect(">IQQ", 1, PAGE, reader.position + 28)
         pages_offset = reader.number(8)
         page_count = used_length // PAGE
-        bitmap = np.frombuffer(reader.bytes(-(-page_count // 64) * 8), np.uint8)
+        bitmap = np.frombuffer(reader.take(-(-page_count // 64) * 8), np.uint8)
         present = np.unpackbits(bitmap, bitorder="little", count=page_count)
         pages = reader.data[pages_offset : pages_offset + used_length].reshape(-1, PAGE)
         blocks[idstr] = (pages * present[:, None]).reshape(-1)
