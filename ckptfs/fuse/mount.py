@@ -136,6 +136,8 @@ class Mount:
             case NodeKind.RAM:
                 if opener.writes and self.guest.read_only:
                     raise StateError("the mount is read-only (ro)", errno.EROFS)
+                if opener.flags & os.O_TRUNC:  # the kernel leaves it to us, and forgets what it has cached
+                    self.truncate(node, 0)
                 block = self.guest.blocks[node.subject]
                 return RAMHandle(inode, opener, self.guest, block, self.page_cache)
             case NodeKind.PAGES:
