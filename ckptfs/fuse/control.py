@@ -65,6 +65,7 @@ class Control:
         """Run the command in ``text`` for ``identity``; raises nothing but trio.Cancelled."""
         outcome = await self._outcome(text, identity)
         self.last = outcome
+        self._mount.changes.note()
         self.last_command = text[:200].decode(errors="replace").strip()
         return outcome
 

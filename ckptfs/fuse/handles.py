@@ -13,6 +13,7 @@ from pyfuse3 import FileInfo, FUSEError, PollHandle
 
 from ckptfs.channels.identity import Identity
 from ckptfs.fuse.control import Control
+from ckptfs.fuse.events import READABLE, Changes, EventLog
 from ckptfs.fuse.page_cache import FileRange, KernelPageCache
 from ckptfs.guest.block import GuestBlock
 from ckptfs.guest.guest import Guest
@@ -70,7 +71,7 @@ class Handle:
 
 
 class TextHandle(Handle):
-    """A text as it was when the file was opened: status, status.json, and whatever is computed whole."""
+    """A text as it was when the file was opened: vmstate, and the files of settings."""
 
     def __init__(self, inode: int, opener: Opener, text: bytes) -> None:
         super().__init__(inode, opener)
@@ -78,6 +79,52 @@ class TextHandle(Handle):
 
     async def read(self, offset: int, length: int) -> Buffer:
         return self._text[offset : offset + length]
+
+
+class StatusHandle(Handle):
+    """status and status.json: as it is when it is read from its beginning; poll(2) tells of a later change."""
+
+    def __init__(self, inode: int, opener: Opener, changes: Changes, describe: Callable[[], str]) -> None:
+        super().__init__(inode, opener)
+        self._changes = changes
+        self._describe = describe
+        self._text = b""
+        self._seen = -1
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        if offset == 0:
+            self._seen = self._changes.count
+            self._text = self._describe().encode()
+        return self._text[offset : offset + length]
+
+    def poll(self, poll_handle: PollHandle | None) -> int:
+        self._changes.waiters.add(self, poll_handle)
+        return READABLE | select.POLLPRI if self._seen != self._changes.count else 0
+
+    def release(self) -> None:
+        self._changes.waiters.remove(self)
+
+
+class EventsHandle(Handle):
+    """events: what has happened since it was opened, a line each; poll(2) tells when there is more."""
+
+    def __init__(self, inode: int, opener: Opener, events: EventLog) -> None:
+        super().__init__(inode, opener)
+        self._events = events
+        self._text = b""
+        events.open(self)
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        self._text += self._events.take(self)
+        part, self._text = self._text[:length], self._text[length:]
+        return part
+
+    def poll(self, poll_handle: PollHandle | None) -> int:
+        self._events.waiters.add(self, poll_handle)
+        return READABLE if self._text or self._events.pending(self) else 0
+
+    def release(self) -> None:
+        self._events.close(self)
 
 
 class RAMHandle(Handle):

@@ -14,13 +14,16 @@ from ckptfs.channels.identity import Identity
 from ckptfs.errors import CommandError, StateError
 from ckptfs.fuse.control import Control
 from ckptfs.fuse.daemon import Starter
+from ckptfs.fuse.events import Changes, EventLog
 from ckptfs.fuse.handles import (
     ControlHandle,
+    EventsHandle,
     Handle,
     Opener,
     PagesHandle,
     RAMHandle,
     SettingHandle,
+    StatusHandle,
     TextHandle,
 )
 from ckptfs.fuse.operations import Operations
@@ -30,6 +33,7 @@ from ckptfs.fuse.tuning import tune_backing_device
 from ckptfs.guest.guest import Guest
 from ckptfs.guest.opening import open_checkpoint
 from ckptfs.migration.address import SeekableAddress
+from ckptfs.migration.status import MigrationStatus
 from ckptfs.namespace import tree as nodes
 from ckptfs.namespace.names import decode_name
 from ckptfs.namespace.options import MountOptions
@@ -68,6 +72,9 @@ class Mount:
         self.mounted_at_ns = time.time_ns()
         self._mounted_at = 0.0
         self._tree = Tree(guest.blocks, read_only=options.read_only, umask=options.umask)
+        self.changes = Changes()
+        self.events = EventLog()
+        guest.on_status = self._on_status
         self.operations = Operations(self)
         self.source = source
         self.control: Control
@@ -145,9 +152,11 @@ class Mount:
             case NodeKind.CTL:
                 return ControlHandle(inode, opener, self.control)
             case NodeKind.STATUS:
-                return TextHandle(inode, opener, format_status(self.control.status()).encode())
+                return StatusHandle(inode, opener, self.changes, lambda: format_status(self.control.status()))
             case NodeKind.STATUS_JSON:
-                return TextHandle(inode, opener, format_status_json(self.control.status()).encode())
+                return StatusHandle(inode, opener, self.changes, lambda: format_status_json(self.control.status()))
+            case NodeKind.EVENTS:
+                return EventsHandle(inode, opener, self.events)
             case NodeKind.PARAMETER:
                 text = f"{self.guest.parameters.get(node.subject)}\n".encode()
                 return SettingHandle(
@@ -180,6 +189,14 @@ class Mount:
     def milliseconds_since(self, moment: float | None) -> int | None:
         """From the mount to ``moment`` on trio's clock."""
         return None if moment is None else round((moment - self._mounted_at) * 1000)
+
+    def _on_status(self, status: MigrationStatus) -> None:
+        """A migration went on: events (QEMU's capability of that name) and status tell."""
+        self.changes.note()
+        if self.guest.capabilities.events:
+            self.events.publish("MIGRATION", {"status": str(status)})
+            if status is MigrationStatus.ACTIVE:
+                self.events.publish("MIGRATION_PASS", {"pass": 1})  # an epoch is saved in one pass
 
     # ---- the page cache's view ---------------------------------------------------------------------
 

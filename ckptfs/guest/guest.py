@@ -8,7 +8,7 @@ no other code path: saving a half-restored guest is the same as saving a fresh o
 import contextlib
 import errno
 import logging
-from collections.abc import AsyncIterator, Collection, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -117,6 +117,7 @@ class Guest:
         """Files of RAM that checkpoints may leave out, by idstr."""
         self._rate_limit = RateLimit()
         self.migration = Migration("migration", "")
+        self.on_status: Callable[[MigrationStatus], None] = lambda status: None
         self.machine: Machine | None = None
         self.machine_ran = False
         """Whether a machine has been started from the base's device state, or was when it was taken."""
@@ -398,7 +399,7 @@ class Guest:
             raise StateError("the mount is read-only (ro): there is nothing to save", errno.EPERM)
         self.capabilities.check_file_transport()
         name = describe_address(request.address)
-        migration = Migration("save", name)
+        migration = Migration("save", name, self.on_status)
         async with self._migrating(migration):
             target = await trio.to_thread.run_sync(
                 open_target, request.address, request.identity, self.descriptors, self.mount_device
@@ -595,7 +596,7 @@ class Guest:
         """Bring in everything that only the checkpoint has; after that its file is not needed any more."""
         if self.base is None or self.restored:
             return "nothing to restore: all RAM is in memory"
-        migration = Migration("restore", self.base.path)
+        migration = Migration("restore", self.base.path, self.on_status)
         async with self._migrating(migration):
             migration.advance(MigrationStatus.ACTIVE)
             await restore_blocks(

@@ -1,5 +1,6 @@
 """The record of one migration: what it is, how it stands, how it went."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import trio
@@ -14,6 +15,8 @@ class Migration:
 
     kind: str
     uri: str
+    on_status: Callable[[MigrationStatus], None] = lambda status: None
+    """Called at every step."""
     status: MigrationStatus = MigrationStatus.NONE
     progress: Progress = field(default_factory=Progress)
     error: str | None = None
@@ -40,6 +43,7 @@ class Migration:
         elif not self.running:
             self.ended = now
             self.over.set()
+        self.on_status(status)
 
     def fail(self, error: str) -> None:
         """End with an error."""

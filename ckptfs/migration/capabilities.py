@@ -1,8 +1,8 @@
 """QEMU's migration capabilities: names, order, refused combinations (migrate_caps_check, 10.0).
 
 `MigrationCapabilities` is the registry and a set of states at the same time. mapped-ram and multifd are on from
-the start: that is what a checkpoint is written with. QEMU's own rules come first, in its order and words; then
-what cannot be carried out here is refused with the reason.
+the start, as that is what a checkpoint is written with, and events: whoever opens that file wants them. QEMU's
+own rules come first, in its order and words; then what cannot be carried out here is refused with the reason.
 """
 
 from dataclasses import dataclass, field, fields, replace
@@ -46,7 +46,7 @@ class MigrationCapabilities:
     rdma_pin_all: bool = _capability("rdma-pin-all", no_effect="there is no RDMA here")
     auto_converge: bool = _capability("auto-converge", no_effect="a save always converges")
     zero_blocks: bool = _capability("zero-blocks", no_effect=_NO_DISKS)
-    events: bool = _capability("events")
+    events: bool = _capability("events", default=True)
     postcopy_ram: bool = _capability("postcopy-ram", unsupported=_ALWAYS_LAZY)
     x_colo: bool = _capability("x-colo", unsupported="COLO needs a second machine")
     release_ram: bool = _capability("release-ram", no_effect="the guest goes on using its RAM after a save")

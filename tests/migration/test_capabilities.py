@@ -6,7 +6,7 @@ from ckptfs.errors import CommandError, StateError
 from ckptfs.migration.capabilities import CAPABILITIES, MigrationCapabilities, find_capability, parse_state
 from tests.migration.conftest import StockMonitor
 
-ALL_OFF = MigrationCapabilities().set("mapped-ram", False).set("multifd", False)
+ALL_OFF = MigrationCapabilities(events=False, multifd=False, mapped_ram=False)
 WORKING = {"mapped-ram", "multifd", "x-ignore-shared", "validate-uuid", "events"}
 
 
@@ -22,9 +22,9 @@ def test_names_and_order_are_those_of_stock_qemu(stock_monitor: StockMonitor) ->
     assert ALL_OFF.info() == stock_monitor.hmp("info migrate_capabilities")
 
 
-def test_a_checkpoint_is_mapped_ram_with_multifd() -> None:
+def test_what_is_on_from_the_start() -> None:
     switched_on = {name for name in CAPABILITIES if MigrationCapabilities().get(name)}
-    assert switched_on == {"mapped-ram", "multifd"}
+    assert switched_on == {"events", "mapped-ram", "multifd"}
 
 
 def stock_refusal(stock_monitor: StockMonitor, *names: str) -> str | None:
