@@ -168,7 +168,7 @@ class Control:
     async def _stop(self, command: ctl.Stop, identity: Identity) -> str:
         if await self._machine_does("stop"):
             return "ok the guest is stopped"
-        self._guest.hold_writers()
+        await self._guest.hold_writers()
         return "ok writers of ram/ wait until `cont`"
 
     async def _cont(self, command: ctl.Cont, identity: Identity) -> str:

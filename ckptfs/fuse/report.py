@@ -1,8 +1,8 @@
 """What a mount tells about itself: the snapshot behind status, and query-migrate's answer."""
 
-from importlib.metadata import version
 from typing import TYPE_CHECKING
 
+from ckptfs import __version__
 from ckptfs.guest.block import GuestBlock, PageState
 from ckptfs.guest.guest import Guest
 from ckptfs.guest.migration import Migration
@@ -12,8 +12,6 @@ from ckptfs.namespace.status import BadPage, BlockStatus, MountState, Status
 
 if TYPE_CHECKING:
     from ckptfs.fuse.mount import Mount
-
-_VERSION = version("ckptfs")
 
 
 def describe_block(block: GuestBlock) -> BlockStatus:
@@ -69,7 +67,7 @@ def describe_mount(mount: "Mount", last_command: str | None, last_outcome: str |
     )
     set_aside = sum(layer.present.count() for block in guest.blocks.values() for layer in block.stack.written[1:])
     return Status(
-        version=_VERSION,
+        version=__version__,
         spec=mount.source,
         state=_state(guest),
         migration=query_migrate(guest.migration, guest.page_size),

@@ -275,9 +275,7 @@ class Guest:
         }
         # no await between the last look at the top layer and the write: a save puts a new layer on top
         while True:
-            if not self._writers_may_go.is_set():
-                await self._writers_may_go.wait()
-                continue
+            await self.wait_for_writers_turn()
             page = self._not_on_top(block, edges)
             if page is None:
                 break
@@ -509,7 +507,8 @@ class Guest:
 
     @asynccontextmanager
     async def _settled(self) -> AsyncIterator[None]:
-        if self.page_cache is None:
+        """Bring RAM to rest; where writers are stopped it is at rest already, and a flush would wait for them."""
+        if self.page_cache is None or not self.writers_run:
             yield
             return
         async with self.page_cache.settled(list(self.blocks)):
@@ -630,10 +629,16 @@ class Guest:
         """Whether writers of RAM are let through."""
         return self._writers_may_go.is_set()
 
-    def hold_writers(self) -> None:
-        """Let whoever writes RAM wait."""
-        if self.writers_run:
-            self._writers_may_go = trio.Event()
+    async def hold_writers(self) -> None:
+        """Let whoever writes RAM wait, by write(2) or through a mapping, from one moment on."""
+        async with self._settled():
+            if self.writers_run:
+                self._writers_may_go = trio.Event()
+
+    async def wait_for_writers_turn(self) -> None:
+        """Return when writers may go."""
+        while not self.writers_run:
+            await self._writers_may_go.wait()
 
     def let_writers_go(self) -> None:
         """Let them go on."""
