@@ -91,8 +91,8 @@ def _serve(
 ) -> int:
     """Open the guest and serve it until umount."""
     try:
-        _start_logging(options)
         harden()
+        _start_logging(options)
         guest = open_guest(spec, options)
     except (CkptfsError, OSError) as error:
         starter.failed(EXIT_MOUNT, describe(error))

@@ -303,16 +303,11 @@ class Guest:
         """Begin an epoch: RAM as it is at this moment; what is written from now on goes above it."""
         return Epoch({idstr: self.blocks[idstr].freeze() for idstr in idstrs}, self.base)
 
-    async def thaw(self, epoch: Epoch) -> None:
-        """End an epoch that was not saved: what was written above it moves down into it."""
-        for idstr, frozen in epoch.stacks.items():
-            lower = frozen.written[0]
-            if idstr in epoch.carried:
-                lower.close()
-                continue
-            block = self.blocks[idstr]
-            while len(block.stack.written) > len(frozen.written):
-                upper = block.stack.written[-len(frozen.written) - 1]
+    async def thaw(self) -> None:
+        """End every epoch that was not saved: what was written above it moves down into it."""
+        for block in self.blocks.values():
+            while len(block.stack.written) > 1:
+                *_, upper, lower = block.stack.written
                 while lower.absorb_some(upper):
                     await trio.lowlevel.checkpoint()
                 # nothing was awaited since the last page moved, so `upper` is empty
@@ -367,6 +362,8 @@ class Guest:
                 yield
         except BaseException as error:
             leading = leading_error(error)
+            if isinstance(leading, OSError):  # whatever name it has is one of ours on the way there
+                leading = StorageError(f"{migration.uri}: {leading.strerror}", leading.errno)
             migration.fail(str(leading))
             if leading is error:
                 raise
@@ -412,8 +409,10 @@ class Guest:
 
     async def _save_to(self, target: Target, request: SaveRequest, migration: Migration) -> None:
         await trio.to_thread.run_sync(target.keep_prefix)
-        epoch, image = await self._begin_epoch(request)
+        carried: list[Layer] = []
         try:
+            epoch, image = await self._begin_epoch(request)
+            carried += (epoch.stacks[idstr].written[0] for idstr in epoch.carried)
             migration.advance(MigrationStatus.ACTIVE)
             written = await write_checkpoint(
                 target.file, request.stream_offset, image, epoch, self._save_options(), migration.progress
@@ -422,14 +421,19 @@ class Guest:
             migration.advance(MigrationStatus.DEVICE)
             with trio.CancelScope(shield=True):  # either it is published, or it is not
                 base = await trio.to_thread.run_sync(self._publish, target, written, request.stream_offset)
-                if base is None:
-                    await self.thaw(epoch)
-                else:
+                if base is not None:
                     await self._rebase(epoch, base)
+                    return
         except BaseException:
-            with trio.CancelScope(shield=True):
-                await self.thaw(epoch)
+            await self._give_up_epoch(carried)
             raise
+        await self._give_up_epoch(carried)  # it is saved, but where we can't read it
+
+    async def _give_up_epoch(self, carried: list[Layer]) -> None:
+        with trio.CancelScope(shield=True):
+            await self.thaw()
+        for layer in carried:
+            layer.close()
 
     def _publish(self, target: Target, written: Written, stream_offset: int) -> Base | None:
         """Publish what was written, once it has been read back: it becomes the base, so it had better be whole.
@@ -474,12 +478,7 @@ class Guest:
                 )
             flush = partial(page_cache.flush, list(found))
             captured = await capture(monitor, flush, partial(self.freeze, found))
-        try:
-            epoch, image = await trio.to_thread.run_sync(compose, captured)
-        except BaseException:
-            with trio.CancelScope(shield=True):
-                await self.thaw(captured.epoch)
-            raise
+        epoch, image = await trio.to_thread.run_sync(compose, captured, list(self.blocks))
         self.migration.downtime = captured.downtime
         self.machine_ran = True
         return epoch, image

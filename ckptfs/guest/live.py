@@ -1,5 +1,8 @@
 """A live checkpoint put together: frozen RAM of the mount, and all else out of QEMU's device state stream."""
 
+import errno
+from collections.abc import Collection
+
 from ckptfs.errors import QemuError
 from ckptfs.guest.block import PageStack
 from ckptfs.guest.layer import Layer
@@ -12,7 +15,7 @@ from ckptfs.mapped_ram.stream import BytesSource
 from ckptfs.qemu.live import Capture
 
 
-def compose(capture: Capture[Epoch]) -> tuple[Epoch, Image]:
+def compose(capture: Capture[Epoch], blocks: Collection[str]) -> tuple[Epoch, Image]:
     """Return the epoch with all of QEMU's RAM blocks, and the image to write beside it.
 
     Blocks of the mount are in the epoch already; small ones (VGA memory, ROMs) come with the stream, as page
@@ -22,7 +25,7 @@ def compose(capture: Capture[Epoch]) -> tuple[Epoch, Image]:
     stream = read_precopy(source)
     checkpoint = stream.checkpoint
     frozen = capture.epoch.stacks
-    _check_blocks(checkpoint, frozen)
+    _check_blocks(checkpoint, frozen, blocks)
     carried = {
         block.idstr: _stack_of(stream, source, block) for block in checkpoint.blocks if block.idstr not in frozen
     }
@@ -31,14 +34,18 @@ def compose(capture: Capture[Epoch]) -> tuple[Epoch, Image]:
     return Epoch(frozen | carried, capture.epoch.base, frozenset(carried)), image
 
 
-def _check_blocks(checkpoint: Checkpoint, frozen: dict[str, PageStack]) -> None:
+def _check_blocks(checkpoint: Checkpoint, frozen: dict[str, PageStack], blocks: Collection[str]) -> None:
+    """QEMU must have all ``blocks`` of the mount, in the same size: a checkpoint is of both, or of neither."""
     lengths = {block.idstr: block.used_length for block in checkpoint.blocks}
+    for idstr in blocks:
+        if idstr not in lengths:
+            raise QemuError(f"the block {idstr!r} of this mount is no RAM of this QEMU", errno.EINVAL)
     for idstr, stack in frozen.items():
         length = stack.page_count * checkpoint.page_size
-        if idstr not in lengths:
-            raise QemuError(f"the block {idstr!r} of this mount is no RAM of this QEMU")
         if lengths[idstr] != length:
-            raise QemuError(f"QEMU's RAM {idstr!r} has {lengths[idstr]} bytes, the mount's block {length}")
+            raise QemuError(
+                f"QEMU's RAM {idstr!r} has {lengths[idstr]} bytes, the mount's block {length}", errno.EINVAL
+            )
 
 
 def _stack_of(stream: PrecopyStream, source: BytesSource, block: RAMBlock) -> PageStack:
