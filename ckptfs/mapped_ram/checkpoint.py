@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from typing import Any
+from uuid import UUID
 
 from ckptfs.errors import CheckpointError
 from ckptfs.mapped_ram.bitmap import Byteorder, PagesBitmap, bitmap_length
@@ -16,10 +17,12 @@ from ckptfs.mapped_ram.stream import (
     StreamHeader,
     encode_ram_section,
     is_mapped_ram,
+    quote_idstr,
     read_stream_header,
     skip_command,
+    uuid_of,
 )
-from ckptfs.mapped_ram.vmdesc import Vmdesc, find_vmdesc, with_capabilities
+from ckptfs.mapped_ram.vmdesc import Vmdesc, find_vmdesc
 
 MAX_DEVICE_STATE_LENGTH = 1 << 30
 
@@ -64,6 +67,11 @@ class Checkpoint:
     def end_offset(self) -> int:
         """Where the stream ends; what follows in the file, if anything, is not part of it."""
         return self.device_state_offset + self.device_state_length
+
+    @property
+    def uuid(self) -> UUID | None:
+        """The guest's, if it was saved with capability validate-uuid."""
+        return uuid_of(self.subsections)
 
     @property
     def has_device_state(self) -> bool:
@@ -160,17 +168,6 @@ def with_run_state(device_state: bytes, checkpoint: Checkpoint, run_state: str) 
     return device_state[:start] + state + device_state[start + len(state) :]
 
 
-def for_capabilities(device_state: bytes, checkpoint: Checkpoint, capabilities: tuple[str, ...]) -> bytes:
-    """The checkpoint's device state as it is in a stream with other capabilities: only its vmdesc names them.
-
-    QEMU does not read the vmdesc, but tools do. Sections stay as they are, byte for byte.
-    """
-    if capabilities == checkpoint.capabilities or checkpoint.vmdesc is None or checkpoint.vmdesc_offset is None:
-        return device_state
-    start = checkpoint.vmdesc_offset - checkpoint.device_state_offset
-    return device_state[:start] + with_capabilities(checkpoint.vmdesc, checkpoint.machine, capabilities)
-
-
 def _read_bitmap(source: Source, block: RAMBlock, header: StreamHeader) -> PagesBitmap:
     """A block's file_bmap, read in pieces so that the holes of a large one take no memory."""
     assert block.bitmap_offset is not None
@@ -180,12 +177,12 @@ def _read_bitmap(source: Source, block: RAMBlock, header: StreamHeader) -> Pages
         chunk_length = min(_BITMAP_CHUNK_LENGTH, length - byte_offset)
         data = source.pread(block.bitmap_offset + byte_offset, chunk_length)
         if len(data) < chunk_length:
-            text = f"the file ends inside the bitmap of RAM block {block.idstr!r}"
+            text = f"the file ends inside the bitmap of RAM block {quote_idstr(block.idstr)}"
             raise CheckpointError(text, block.bitmap_offset)
         try:
             bitmap.load(byte_offset, data, _bitmap_byteorder(header))
         except ValueError as error:
-            text = f"bitmap of RAM block {block.idstr!r}: {error}"
+            text = f"bitmap of RAM block {quote_idstr(block.idstr)}: {error}"
             raise CheckpointError(text, block.bitmap_offset) from None
     return bitmap
 
@@ -267,7 +264,6 @@ __all__ = [
     "Checkpoint",
     "Section",
     "finish_checkpoint",
-    "for_capabilities",
     "read_checkpoint",
     "read_device_state",
     "read_setup",

@@ -25,6 +25,7 @@ from ckptfs.mapped_ram.stream import (
     encode_ram_start,
     encode_stream_header,
     encode_target_page_bits,
+    quote_idstr,
 )
 from ckptfs.mapped_ram.vmdesc import empty_vmdesc
 
@@ -121,9 +122,9 @@ def empty_image(blocks: Sequence[tuple[str, int]], page_size: int = DEFAULT_PAGE
     """
     for idstr, used_length in blocks:
         if not 0 < len(encode_idstr(idstr)) <= 255 or "\0" in idstr:
-            raise CheckpointError(f"RAM block name {idstr!r} is not 1 to 255 bytes without a NUL")
+            raise CheckpointError(f"RAM block name {quote_idstr(idstr)} is not 1 to 255 bytes without a NUL")
         if used_length % page_size:
-            raise CheckpointError(f"RAM block {idstr!r}: {used_length} is not a multiple of {page_size}")
+            raise CheckpointError(f"RAM block {quote_idstr(idstr)}: {used_length} is not a multiple of {page_size}")
     machine = "none"
     return Image(
         machine=machine,

@@ -38,6 +38,7 @@ from ckptfs.mapped_ram.stream import (
     encode_ram_start,
     encode_stream_header,
     is_mapped_ram,
+    quote_idstr,
     read_stream_header,
     skip_command,
 )
@@ -47,6 +48,7 @@ MAX_INDEXED_LENGTH = 1 << 40
 """A larger block's pages are not indexed: 1 TiB needs up to 2 GiB of index."""
 _CHUNK_LENGTH = 16 << 20
 _FIRST_STRETCH = 16  # records
+_LONGEST_STRETCH = 1 << 16
 
 
 class PageBytes(Protocol):
@@ -146,7 +148,7 @@ def vmstate_stream(
     for idstr, start, data in pages:
         count, rest = divmod(len(data), checkpoint.page_size)
         if idstr not in sent or rest or not 0 <= start <= start + count <= sent[idstr].page_count:
-            raise CheckpointError(f"RAM block {idstr!r} has no pages {start} to {start + count} to send")
+            raise CheckpointError(f"RAM block {quote_idstr(idstr)} has no pages {start} to {start + count} to send")
         sent[idstr].set(start, start + count)
         content = np.frombuffer(data, np.uint8).reshape(count, checkpoint.page_size)
         records += _encode_records(blocks[idstr], RAM_PAGE, np.arange(start, start + count), content)
@@ -257,22 +259,20 @@ class _PageIndex:
             offsets = np.arange(first + 8, first + 8 + length * stride, stride, dtype=np.uint64)
             if kind == RAM_ZERO:
                 self._offsets[pages] = 0
-            elif bool((pages[1:] > pages[:-1]).all()):
-                self._offsets[pages] = offsets
-            else:  # A page comes twice: its newest content is the one farthest on in the file.
+            else:  # A page may come twice: its newest content is the one farthest on in the file.
                 np.maximum.at(self._offsets, pages, offsets)
             cursor.position += length * stride
-            if length < count:
-                return
-            count = min(8 * count, _CHUNK_LENGTH // stride)
+            count = min(8 * count, _CHUNK_LENGTH // stride, _LONGEST_STRETCH)
 
     def _start_block(self, idstr: str, file_offset: int) -> None:
         block = self._blocks.get(idstr)
         if block is None:
-            raise CheckpointError(f"a page of RAM block {idstr!r}, which is not in the list of blocks", file_offset)
+            raise CheckpointError(
+                f"a page of RAM block {quote_idstr(idstr)}, which is not in the list of blocks", file_offset
+            )
         if block.used_length > MAX_INDEXED_LENGTH:
             text = f"{block.used_length:#x} bytes are too many for a plain stream, use mapped-ram"
-            raise CheckpointError(f"RAM block {idstr!r}: {text}", file_offset)
+            raise CheckpointError(f"RAM block {quote_idstr(idstr)}: {text}", file_offset)
         self._block = block
         if idstr not in self.page_offsets:
             self.page_offsets[idstr] = np.zeros(block.page_count, np.uint64)
@@ -283,7 +283,7 @@ class _PageIndex:
         if self._block is None:
             raise CheckpointError("the first record of a RAM page names no block", file_offset)
         if block_offset >= self._block.used_length:
-            text = f"page at {block_offset:#x} is outside of RAM block {self._block.idstr!r}"
+            text = f"page at {block_offset:#x} is outside of RAM block {quote_idstr(self._block.idstr)}"
             raise CheckpointError(text, file_offset)
         return block_offset // self._page_size
 

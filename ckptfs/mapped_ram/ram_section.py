@@ -22,6 +22,7 @@ from ckptfs.mapped_ram.stream import (
     StreamHeader,
     encode_footer,
     is_mapped_ram,
+    quote_idstr,
     read_section_header,
     skip_command,
 )
@@ -45,7 +46,7 @@ def read_ram_start(cursor: Cursor) -> int:
     cursor.position = offset
     header = read_section_header(cursor)
     if header.idstr != RAM_IDSTR:
-        raise CheckpointError(f"iterable section {header.idstr!r} is not supported, only 'ram'", offset)
+        raise CheckpointError(f"iterable section {quote_idstr(header.idstr)} is not supported, only 'ram'", offset)
     if (header.instance_id, header.version_id) != (RAM_INSTANCE_ID, RAM_VERSION_ID):
         what = f"instance {header.instance_id}, version {header.version_id}"
         raise CheckpointError(f"the RAM section is {what}: only 0 and 4 are supported", offset)
@@ -75,10 +76,10 @@ def read_block_list(cursor: Cursor, header: StreamHeader) -> tuple[RAMBlock, ...
         if not idstr or "\0" in idstr:
             raise CheckpointError("a RAM block's name is empty or holds a NUL byte: the list is damaged", offset)
         if idstr in blocks:
-            raise CheckpointError(f"RAM block {idstr!r} is listed twice", offset)
+            raise CheckpointError(f"RAM block {quote_idstr(idstr)} is listed twice", offset)
         if len(blocks) == MAX_BLOCKS:
             raise CheckpointError(f"more than {MAX_BLOCKS} RAM blocks", offset)
-        name = f"RAM block {idstr!r}"
+        name = f"RAM block {quote_idstr(idstr)}"
         used_length = cursor.be64(what)
         if used_length % header.page_size:
             text = f"{name}: used_length {used_length:#x} is not a multiple of {header.page_size}"
@@ -133,7 +134,7 @@ def _read_mapped_ram_block(
     cursor: Cursor, header: StreamHeader, idstr: str, used_length: int, address: int | None
 ) -> RAMBlock:
     """Read a block's mapped-ram header, and jump over its bitmap and pages."""
-    name = f"RAM block {idstr!r}"
+    name = f"RAM block {quote_idstr(idstr)}"
     header_offset = cursor.position
     data = cursor.take(HEADER_LENGTH, f"the mapped-ram header of {name}")
     version, page_size, bitmap_offset, pages_offset = struct.unpack(">IQQQ", data)

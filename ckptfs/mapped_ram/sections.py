@@ -17,6 +17,7 @@ from ckptfs.mapped_ram.stream import (
     Source,
     encode_footer,
     parse_section_header,
+    quote_idstr,
     read_section_header,
     skip_command,
 )
@@ -93,7 +94,9 @@ class SectionWalker:
                     refuse_section(self.cursor, other)
         if self._next_device < len(self._devices):
             name = self._devices[self._next_device].idstr
-            raise CheckpointError(f"the vmdesc lists {name!r}, which has no section", self.cursor.position)
+            raise CheckpointError(
+                f"the vmdesc lists {quote_idstr(name)}, which has no section", self.cursor.position
+            )
         self._pass_vmdesc()
         return tuple(sections)
 
@@ -102,7 +105,9 @@ class SectionWalker:
         file_offset = self.cursor.position
         header = read_section_header(self.cursor)
         if header.section_id in self._section_ids:
-            raise CheckpointError(f"section id {header.section_id} ({header.idstr!r}) occurs twice", file_offset)
+            raise CheckpointError(
+                f"section id {header.section_id} ({quote_idstr(header.idstr)}) occurs twice", file_offset
+            )
         self._section_ids.add(header.section_id)
         if len(self._section_ids) > MAX_SECTIONS:
             raise CheckpointError(f"more than {MAX_SECTIONS} sections", file_offset)
@@ -124,11 +129,11 @@ class SectionWalker:
         if self.vmdesc is None:
             return None
         if self._next_device == len(self._devices):
-            raise CheckpointError(f"section {header.idstr!r} is not in the vmdesc", file_offset)
+            raise CheckpointError(f"section {quote_idstr(header.idstr)} is not in the vmdesc", file_offset)
         device = self._devices[self._next_device]
         if not device.describes(header):
-            found = f"section {header.idstr!r} (instance {header.instance_id})"
-            listed = f"{device.idstr!r} (instance {device.instance_id})"
+            found = f"section {quote_idstr(header.idstr)} (instance {header.instance_id})"
+            listed = f"{quote_idstr(device.idstr)} (instance {device.instance_id})"
             raise CheckpointError(f"{found} stands where the vmdesc lists {listed}", file_offset)
         self._next_device += 1
         return device
@@ -142,7 +147,7 @@ class SectionWalker:
         ends = self._scan_for_ends(header) if self.footers else []
         if self.vmdesc is not None:
             if not ends:
-                text = f"section {header.idstr!r} is not as long as the vmdesc says"
+                text = f"section {quote_idstr(header.idstr)} is not as long as the vmdesc says"
                 raise CheckpointError(text, header.payload_offset)
             return ends[0]
         if len(ends) != 1:
@@ -192,7 +197,7 @@ class SectionWalker:
         if not self._scan.complete:
             return []
         if not footers:
-            text = f"section {header.idstr!r} has no footer: the file was cut short or is damaged"
+            text = f"section {quote_idstr(header.idstr)} has no footer: the file was cut short or is damaged"
             raise CheckpointError(text, header.payload_offset)
         if len(footers) > _MAX_CANDIDATES:
             return []
@@ -214,7 +219,7 @@ def refuse_section(cursor: Cursor, section_type: int) -> None:
     if section_type == SectionType.START:
         cursor.position = offset
         idstr = read_section_header(cursor).idstr
-        raise CheckpointError(f"iterable section {idstr!r} is not supported, only 'ram'", offset)
+        raise CheckpointError(f"iterable section {quote_idstr(idstr)} is not supported, only 'ram'", offset)
     if section_type in (SectionType.PART, SectionType.END):
         section_id = cursor.be32("a section header")
         raise CheckpointError(f"a part of section {section_id} has no place here", offset)

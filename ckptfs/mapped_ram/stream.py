@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Protocol
+from uuid import UUID
 
 from ckptfs.errors import CheckpointError
+from ckptfs.mapped_ram.ramblock import RAMBlock
 
 MAGIC = 0x5145564D  # "QEVM"
 VERSION = 3
@@ -49,6 +51,7 @@ MAPPED_RAM = "mapped-ram"
 MAX_MACHINE_LENGTH = 1024
 MAX_COMMANDS = 4096
 PAGE_BITS = range(10, 17)
+_QUOTED_LENGTH = 80
 _CAPABILITIES = b"configuration/capabilities"
 _TARGET_PAGE_BITS = b"configuration/target-page-bits"
 _UUID = b"configuration/uuid"
@@ -174,6 +177,12 @@ def encode_idstr(idstr: str) -> bytes:
     return idstr.encode("utf-8", "surrogateescape")
 
 
+def quote_idstr(idstr: str | bytes) -> str:
+    """A name out of a file as an error's text can show it: printable, on one line, not endless."""
+    quoted = repr(idstr)
+    return quoted if len(quoted) <= _QUOTED_LENGTH else quoted[:_QUOTED_LENGTH] + "..."
+
+
 def read_stream_header(cursor: Cursor) -> StreamHeader:
     """Read the stream header and the configuration section.
 
@@ -199,7 +208,7 @@ def read_stream_header(cursor: Cursor) -> StreamHeader:
         offset = cursor.position
         name, payload = _read_subsection(cursor)
         if name in subsections or (name == _CAPABILITIES and capabilities):
-            raise CheckpointError(f"configuration subsection {name!r} occurs twice", offset)
+            raise CheckpointError(f"configuration subsection {quote_idstr(name)} occurs twice", offset)
         if name == _CAPABILITIES:
             capabilities = _parse_capabilities(payload, offset)
             continue
@@ -262,6 +271,20 @@ def encode_stream_header(machine: str, subsections: Sequence[bytes], capabilitie
     return b"".join([header, name, *configuration])
 
 
+def uuid_of(subsections: Sequence[bytes]) -> UUID | None:
+    """The guest's uuid in a configuration's verbatim subsections; QEMU sends it with capability validate-uuid."""
+    for subsection in subsections:
+        if subsection[2:].startswith(_UUID):
+            return UUID(bytes=subsection[-16:])
+    return None
+
+
+def with_uuid(subsections: Sequence[bytes], uuid: UUID | None) -> tuple[bytes, ...]:
+    """Verbatim subsections with this uuid in the place of theirs, or with none; in QEMU's order it is the last."""
+    others = [subsection for subsection in subsections if not subsection[2:].startswith(_UUID)]
+    return tuple(others) if uuid is None else (*others, encode_subsection(_UUID, uuid.bytes))
+
+
 def encode_subsection(name: bytes, payload: bytes) -> bytes:
     """A subsection of version 1."""
     return struct.pack(">BB", SectionType.SUBSECTION, len(name)) + name + struct.pack(">I", 1) + payload
@@ -292,10 +315,15 @@ def encode_ram_start(section_id: int, total: int) -> bytes:
     return encode_section_header(SectionType.START, header) + struct.pack(">Q", total | RAM_MEM_SIZE)
 
 
-def encode_block(idstr: str, used_length: int) -> bytes:
-    """A block's entry in the list of the RAM section's START."""
-    name = encode_idstr(idstr)
-    return bytes([len(name)]) + name + struct.pack(">Q", used_length)
+def encode_block(block: RAMBlock, capabilities: Sequence[str]) -> bytes:
+    """A block's entry in the list of the RAM section's START, as far as all streams have it.
+
+    x-ignore-shared adds the guest address; 0 where none is known. QEMU compares it for blocks that it ignores
+    itself, and refuses page records for those anyway, so it matters for none that a stream has pages of.
+    """
+    name = encode_idstr(block.idstr)
+    entry = bytes([len(name)]) + name + struct.pack(">Q", block.used_length)
+    return entry + struct.pack(">Q", block.address or 0) if IGNORE_SHARED in capabilities else entry
 
 
 def encode_eos() -> bytes:
@@ -308,10 +336,14 @@ def encode_footer(section_id: int, *, footers: bool) -> bytes:
     return struct.pack(">BI", SectionType.FOOTER, section_id) if footers else b""
 
 
-def encode_ram_section(section_type: SectionType, section_id: int, *, footers: bool, records: bytes = b"") -> bytes:
-    """A PART or END of the RAM section: page records (none in mapped-ram), EOS and footer."""
-    start = struct.pack(">BI", section_type, section_id)
-    return start + records + encode_eos() + encode_footer(section_id, footers=footers)
+def encode_part_header(section_type: SectionType, section_id: int) -> bytes:
+    """The header of a PART or END section."""
+    return struct.pack(">BI", section_type, section_id)
+
+
+def encode_ram_section(section_type: SectionType, section_id: int, *, footers: bool) -> bytes:
+    """A PART or END of the RAM section without page records, as mapped-ram has it."""
+    return encode_part_header(section_type, section_id) + encode_eos() + encode_footer(section_id, footers=footers)
 
 
 def encode_vmdescription(vmdesc: bytes) -> bytes:
@@ -334,7 +366,7 @@ def _read_subsection(cursor: Cursor) -> tuple[bytes, bytes]:
     name = cursor.take(cursor.u8(what), what)
     version = cursor.be32(what)
     if version != 1:
-        raise CheckpointError(f"configuration subsection {name!r} has version {version}, not 1", start)
+        raise CheckpointError(f"configuration subsection {quote_idstr(name)} has version {version}, not 1", start)
     payload_offset = cursor.position
     if name == _TARGET_PAGE_BITS:
         cursor.skip(4, what)
@@ -347,7 +379,7 @@ def _read_subsection(cursor: Cursor) -> tuple[bytes, bytes]:
         for _ in range(count):
             cursor.skip(cursor.u8(what), what)
     else:
-        raise CheckpointError(f"configuration subsection {name!r} is unknown", start)
+        raise CheckpointError(f"configuration subsection {quote_idstr(name)} is unknown", start)
     length = cursor.position - payload_offset
     cursor.position = payload_offset
     return name, cursor.take(length, what)
@@ -360,7 +392,7 @@ def _parse_capabilities(payload: bytes, file_offset: int) -> tuple[str, ...]:
         stop = position + 1 + payload[position]
         capability = decode_idstr(payload[position + 1 : stop])
         if capability not in (IGNORE_SHARED, MAPPED_RAM) or capability in capabilities:
-            raise CheckpointError(f"capability {capability!r} is unknown or listed twice", file_offset)
+            raise CheckpointError(f"capability {quote_idstr(capability)} is unknown or listed twice", file_offset)
         capabilities.append(capability)
         position = stop
     return tuple(capabilities)

@@ -103,38 +103,45 @@ def payload_length(vmsd: dict[str, Any]) -> int:
 def empty_vmdesc(machine: str, page_size: int, capabilities: tuple[str, ...]) -> bytes:
     """The VMDESCRIPTION of a stream without devices."""
     description = {
-        "configuration": _describe_configuration(machine, capabilities, []),
+        "configuration": _describe_configuration(machine, capabilities, [], has_uuid=False),
         "page_size": page_size,
         "devices": [],
     }
     return encode_vmdescription(json.dumps(description).encode())
 
 
-def with_capabilities(description: dict[str, Any], machine: str, capabilities: tuple[str, ...]) -> bytes:
-    """The VMDESCRIPTION with another set of capabilities in its configuration, if it describes that."""
+def with_configuration(
+    description: dict[str, Any], machine: str, capabilities: tuple[str, ...], *, has_uuid: bool
+) -> bytes:
+    """The VMDESCRIPTION of a stream with another configuration section, if it describes that."""
     configuration = description.get("configuration")
     if isinstance(configuration, dict):
         subsections = configuration.get("subsections")
         others = subsections if isinstance(subsections, list) else []
-        configuration = _describe_configuration(machine, capabilities, others)
+        configuration = _describe_configuration(machine, capabilities, others, has_uuid=has_uuid)
         description = {**description, "configuration": configuration}
     return encode_vmdescription(json.dumps(description).encode("utf-8", "surrogateescape"))
 
 
-def _describe_configuration(machine: str, capabilities: tuple[str, ...], others: list[Any]) -> dict[str, Any]:
-    """The configuration's entry, with its other subsections around that of the capabilities, in QEMU's order."""
-    fields = [_field("len", "uint32", 4), _field("name", "buffer", len(encode_idstr(machine)))]
-    configuration: dict[str, Any] = {"vmsd_name": "configuration", "version": 1, "fields": fields}
-    bits = [other for other in others if _is_subsection(other, "configuration/target-page-bits")]
-    uuid = [other for other in others if _is_subsection(other, "configuration/uuid")]
-    listed = []
+def _describe_configuration(
+    machine: str, capabilities: tuple[str, ...], others: list[Any], *, has_uuid: bool
+) -> dict[str, Any]:
+    """The configuration's entry in QEMU's order; target-page-bits are taken over from its ``others`` of before."""
+    subsections = [other for other in others if _is_subsection(other, "configuration/target-page-bits")]
     if capabilities:
         fields = [_field("caps_count", "uint32", 4)]
         fields += [_field("capabilities", "capability", 1 + len(capability)) for capability in capabilities]
-        listed = [{"vmsd_name": "configuration/capabilities", "version": 1, "fields": fields}]
-    if bits or listed or uuid:
-        configuration["subsections"] = [*bits, *listed, *uuid]
-    return configuration
+        subsections.append(_vmsd("configuration/capabilities", fields))
+    if has_uuid:
+        field = {"name": "uuid.data", "array_len": 16, "type": "uint8", "size": 1}
+        subsections.append(_vmsd("configuration/uuid", [field]))
+    fields = [_field("len", "uint32", 4), _field("name", "buffer", len(encode_idstr(machine)))]
+    configuration = _vmsd("configuration", fields)
+    return {**configuration, "subsections": subsections} if subsections else configuration
+
+
+def _vmsd(name: str, fields: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"vmsd_name": name, "version": 1, "fields": fields}
 
 
 def _field(name: str, type_name: str, size: int) -> dict[str, Any]:
@@ -154,8 +161,6 @@ def _natural(value: object) -> int:
 def _candidates(data: bytes) -> Iterator[tuple[int, int]]:
     """Where a type byte may be, and the length of the JSON after it: 16 at most, likeliest first."""
     raw = np.frombuffer(data, np.uint8)
-    if raw.size < 7:
-        return
     marks = (raw[:-6] == SectionType.EOF) & (raw[1:-5] == SectionType.VMDESCRIPTION) & (raw[6:] == ord("{"))
     positions = np.flatnonzero(marks) + 1
     lengths = raw[positions[:, None] + np.arange(1, 5)].view(">u4")[:, 0].astype(np.int64)
@@ -170,8 +175,6 @@ def _candidates(data: bytes) -> Iterator[tuple[int, int]]:
 
 
 def _parse(text: bytes) -> dict[str, Any] | None:
-    if b"\0" in text or len(text) > MAX_VMDESC_LENGTH:
-        return None
     try:
         description = json.loads(decode_idstr(text))
     except (ValueError, RecursionError):

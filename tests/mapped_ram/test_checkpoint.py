@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from ckptfs.errors import CheckpointError
+from ckptfs.mapped_ram import checkpoint as checkpoint_module
 from ckptfs.mapped_ram import sections
 from ckptfs.mapped_ram.bitmap import PagesBitmap, Run
 from ckptfs.mapped_ram.checkpoint import read_checkpoint, read_device_state, read_setup, with_run_state
@@ -104,6 +105,16 @@ def test_setup_and_device_state_are_verbatim():
     assert data.endswith(setup + data[marks["part.0"] :])
     assert read_device_state(source, checkpoint) == data[marks["device_state"] :]
     assert read_setup(source, read(SMALL)[0]) == b""
+
+
+def test_a_device_state_is_read_whole_or_not_at_all(monkeypatch):
+    data = SMALL.data()
+    checkpoint, _ = read_checkpoint(BytesSource(data))
+    with pytest.raises(CheckpointError, match="cut short since it was opened"):
+        read_device_state(BytesSource(data[:-1]), checkpoint)
+    monkeypatch.setattr(checkpoint_module, "MAX_DEVICE_STATE_LENGTH", 100)
+    with pytest.raises(CheckpointError, match="more than 100"):
+        read_device_state(BytesSource(data), checkpoint)
 
 
 def test_with_run_state_changes_only_the_run_state():
@@ -518,7 +529,7 @@ METADATA = [
 ]
 
 
-@settings(deadline=2000, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(st.tuples(st.sampled_from(METADATA), st.integers(0, 255)), min_size=1, max_size=6),
     st.sampled_from([None, *METADATA]),
@@ -540,7 +551,7 @@ def test_every_single_byte_of_metadata_may_be_wrong():
             read_checkpoint(BytesSource(bytes(data)))
 
 
-@settings(deadline=2000)
+@settings(deadline=None)
 @given(st.binary(max_size=2000))
 def test_random_bytes_after_a_good_header(data):
     _, marks = SMALL.build()

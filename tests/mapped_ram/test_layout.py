@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptfs.errors import CheckpointError
@@ -42,6 +42,7 @@ files = st.builds(
 )  # fmt: skip
 
 
+@settings(deadline=None)
 @given(files)
 def test_a_layout_of_what_was_read_has_the_same_bytes(description):
     data, _ = description.build()
@@ -53,6 +54,7 @@ def test_a_layout_of_what_was_read_has_the_same_bytes(description):
     assert result.blocks == checkpoint.blocks
 
 
+@settings(deadline=None)
 @given(
     blocks, st.sampled_from([0, 1, 4096, 0x1001]), st.sampled_from([4096, 16384]), st.sampled_from([16384, 1 << 20])
 )
