@@ -6,7 +6,8 @@ The grammar is `namespace.ctl`; here every typed command has its method, found i
 import errno
 import logging
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -205,11 +206,22 @@ class Control:
 
     def set_parameter(self, name: str, data: bytes) -> None:
         """Set a parameter from what was written to its file: bytes, not MiB."""
-        self._change_parameter(name, find_parameter(name).parse(_one_line(data)))
+        with self._words_kept():
+            self._change_parameter(name, find_parameter(name).parse(_one_line(data)))
 
     def set_capability(self, name: str, data: bytes) -> None:
         """Switch a capability from what was written to its file."""
-        self._change_capability(name, parse_state(_one_line(data)))
+        with self._words_kept():
+            self._change_capability(name, parse_state(_one_line(data)))
+
+    @contextmanager
+    def _words_kept(self) -> Iterator[None]:
+        """A file of a setting has only an errno to tell: the words behind it are read from ctl."""
+        try:
+            yield
+        except CkptfsError as error:
+            self.last = Outcome(f"error: {error}\n".encode(errors="surrogateescape"), errno_of(error))
+            raise
 
     def capability_text(self, name: str) -> bytes:
         """What the file of a capability holds."""

@@ -5,6 +5,7 @@ means that the mount is live, and an error text from inside the daemon reaches t
 """
 
 import contextlib
+import ctypes
 import os
 import resource
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 EXIT_MOUNTED = 0
+_PR_SET_IO_FLUSHER = 57
 
 
 class Starter:
@@ -58,9 +60,14 @@ def run_in_background(serve: Callable[[Starter], int]) -> int:
 
 
 def harden() -> None:
-    """No core file may hold RAM, whatever happens; files that we make are for their owner alone."""
+    """No core file may hold RAM, our files are for their owner alone, and reclaim must not wait for ourselves.
+
+    A VM that dirties its RAM through the mount and a daemon short of memory would wait for one another: an "I/O
+    flusher" is not sent to write back pages (prctl(2), PR_SET_IO_FLUSHER; only root may be one).
+    """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.umask(0o077)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    ctypes.CDLL(None).prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0)
