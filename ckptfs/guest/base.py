@@ -77,17 +77,16 @@ class Base:
             self.checkpoint, self.blocks = blocks_of(source, stream_offset, channels)
             self.setup = read_setup(source, self.checkpoint)
             self.device_state = read_device_state(source, self.checkpoint)
-            for block in self._left_out():
+            left_out = [block for block in self.checkpoint.blocks if block.idstr not in self.blocks]
+            for block in left_out:
                 self.blocks[block.idstr] = _shared_block(block, options, undo)
             undo.callback(file.close)
             self._resources = undo.pop_all()
+        self.shared = frozenset(block.idstr for block in left_out)
+        """The blocks whose content the checkpoint leaves in a shared file (x-ignore-shared)."""
         self.direct_io = channels.direct_io
         self._buffers = AlignedBuffers()
         self._in_flight: dict[str, list[_Fetch]] = {idstr: [] for idstr in self.blocks}
-
-    def _left_out(self) -> list[RAMBlock]:
-        """The blocks whose content the checkpoint leaves in a shared file (x-ignore-shared)."""
-        return [block for block in self.checkpoint.blocks if block.idstr not in self.blocks]
 
     def image(self) -> Image:
         """All of the checkpoint but its pages, to be written beside newer ones."""

@@ -30,6 +30,7 @@ from ckptfs.guest.migration import Migration
 from ckptfs.guest.outgoing import Epoch, SaveOptions, Written, write_checkpoint
 from ckptfs.mapped_ram.layout import Image, empty_image
 from ckptfs.mapped_ram.precopy import vmstate_stream
+from ckptfs.mapped_ram.stream import IGNORE_SHARED, MAPPED_RAM, uuid_of
 from ckptfs.migration.address import FileMigrationArgs, SeekableAddress
 from ckptfs.migration.capabilities import MigrationCapabilities
 from ckptfs.migration.outgoing import page_chunks
@@ -413,6 +414,7 @@ class Guest:
         try:
             epoch, image = await self._begin_epoch(request)
             carried += (epoch.stacks[idstr].written[0] for idstr in epoch.carried)
+            image = self._configured(image, epoch)
             migration.advance(MigrationStatus.ACTIVE)
             written = await write_checkpoint(
                 target.file, request.stream_offset, image, epoch, self._save_options(), migration.progress
@@ -428,6 +430,28 @@ class Guest:
             await self._give_up_epoch(carried)
             raise
         await self._give_up_epoch(carried)  # it is saved, but where we can't read it
+
+    def _configured(self, image: Image, epoch: Epoch) -> Image:
+        """The image as the capabilities want it."""
+        capabilities = tuple(name for name in (IGNORE_SHARED, MAPPED_RAM) if self.capabilities.get(name))
+        uuid = uuid_of(image.subsections) if self.capabilities.validate_uuid else None
+        return image.configured(capabilities, uuid, self._ignored(epoch))
+
+    def _ignored(self, epoch: Epoch) -> set[str]:
+        """The blocks whose content stays in the shared file that it came from: capability x-ignore-shared.
+
+        That file is never written here, so whatever was written over it would be lost: StateError (EPERM).
+        """
+        if self.base is None or not self.capabilities.x_ignore_shared:
+            return set()
+        for idstr in self.base.shared:
+            if any(layer.present.any(0, layer.present.page_count) for layer in epoch.stacks[idstr].written):
+                raise StateError(
+                    f"{idstr}: pages were written, and with x-ignore-shared the save would leave them out: "
+                    "switch x-ignore-shared off, or `reset`",
+                    errno.EPERM,
+                )
+        return set(self.base.shared)
 
     async def _give_up_epoch(self, carried: list[Layer]) -> None:
         with trio.CancelScope(shield=True):

@@ -91,13 +91,12 @@ async def write_checkpoint(
     Raises OSError, StorageError, or BadPagesError for a page of the base that can't be read.
     """
     plan = layout(image, stream_offset)
-    blocks = {
-        block.idstr: _OutgoingBlock(block.pages_offset or 0, PagesBitmap(block.page_count)) for block in plan.blocks
-    }
+    kept = [block for block in plan.blocks if not block.ignored]
+    blocks = {block.idstr: _OutgoingBlock(block.pages_offset or 0, PagesBitmap(block.page_count)) for block in kept}
     await trio.to_thread.run_sync(_write_extents, file.fd, plan.extents[1:])
     channels = await trio.to_thread.run_sync(Channels.open, file, options.direct_io, options.channel_count)
     try:
-        with_data = {idstr: stack.with_data() for idstr, stack in epoch.stacks.items()}
+        with_data = {idstr: epoch.stacks[idstr].with_data() for idstr in blocks}
         progress.total_pages = sum(bitmap.page_count for bitmap in with_data.values())
         progress.remaining_pages = sum(bitmap.count() for bitmap in with_data.values())
         progress.zero_pages = progress.total_pages - progress.remaining_pages
@@ -110,8 +109,7 @@ async def write_checkpoint(
     finally:
         channels.close()
     bitmaps = [
-        (block.bitmap_offset or 0, blocks[block.idstr].file_bmap.to_bytes(image.bitmap_byteorder))
-        for block in plan.blocks
+        (block.bitmap_offset or 0, blocks[block.idstr].file_bmap.to_bytes(image.bitmap_byteorder)) for block in kept
     ]
     await trio.to_thread.run_sync(_write_extents, file.fd, bitmaps)
     return Written(plan.header, channels.direct_io)

@@ -1,33 +1,41 @@
-"""Laying out a mapped-ram file as QEMU does, by ``mapped_ram_setup_ramblock`` in ``migration/ram.c`` (10.0).
+"""Laying out a migration file as QEMU does, by ``mapped_ram_setup_ramblock`` in ``migration/ram.c`` (10.0).
 
-An image says what goes into the file beside bitmaps and pages; its layout says where everything goes. The
-only liberty: the RAM section has its START and END, and no PART or command between them, which would hold
-nothing.
+An image says what goes into the file beside bitmaps and pages; the layout of a mapped-ram file says where
+everything goes, the frame of a plain one what comes before and after its page records. The only liberty: the RAM
+section has its START and END, and no PART or command between them.
+
+x-ignore-shared together with mapped-ram is written as QEMU's development tree after 11.1 has it: QEMU 10.2 and
+older write such a file and can't read it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from uuid import UUID
 
 from ckptfs.errors import CheckpointError
 from ckptfs.mapped_ram.bitmap import Byteorder, bitmap_length
-from ckptfs.mapped_ram.checkpoint import Checkpoint, for_capabilities
+from ckptfs.mapped_ram.checkpoint import Checkpoint
 from ckptfs.mapped_ram.ram_section import HEADER_LENGTH, encode_block_header
 from ckptfs.mapped_ram.ramblock import RAMBlock
 from ckptfs.mapped_ram.stream import (
     DEFAULT_PAGE_SIZE,
     MAPPED_RAM,
+    BytesSource,
     SectionType,
     encode_block,
     encode_eos,
     encode_footer,
     encode_idstr,
+    encode_part_header,
     encode_ram_section,
     encode_ram_start,
     encode_stream_header,
     encode_target_page_bits,
     quote_idstr,
+    uuid_of,
+    with_uuid,
 )
-from ckptfs.mapped_ram.vmdesc import empty_vmdesc
+from ckptfs.mapped_ram.vmdesc import empty_vmdesc, find_vmdesc, with_configuration
 
 ALIGNMENT = 0x100000
 """QEMU aligns each block's pages to 1 MiB of the file; loading needs only the page size."""
@@ -35,22 +43,53 @@ ALIGNMENT = 0x100000
 
 @dataclass(frozen=True)
 class Image:
-    """A mapped-ram file's metadata.
+    """A migration stream without its pages.
 
-    ``blocks`` are idstr and used_length in stream order. ``subsections`` are verbatim configuration
-    subsections, without the capabilities (always just mapped-ram). ``setup`` holds the early FULL sections,
-    and ``device_state`` everything after the RAM section: sections, EOF, VMDESCRIPTION; both verbatim.
+    ``subsections`` are verbatim configuration subsections, without the ``capabilities``. ``blocks`` are in stream
+    order; wherever their pages were before does not matter, and those that are ``ignored`` stay out. ``setup``
+    holds the early FULL sections, and ``device_state`` everything after the RAM section: sections, EOF,
+    VMDESCRIPTION; both verbatim.
     """
 
     machine: str
     subsections: tuple[bytes, ...]
+    capabilities: tuple[str, ...]
     ram_section_id: int
-    blocks: tuple[tuple[str, int], ...]
+    blocks: tuple[RAMBlock, ...]
     page_size: int
     setup: bytes
     device_state: bytes
     footers: bool = True
     bitmap_byteorder: Byteorder = "little"
+
+    def configured(
+        self, capabilities: tuple[str, ...], uuid: UUID | None, ignored: Collection[str] = ()
+    ) -> "Image":
+        """The same with these capabilities (in QEMU's order) and uuid, leaving out the ``ignored`` blocks.
+
+        All that changes beside the configuration is the vmdesc, which describes it: QEMU does not read that, but
+        tools do. Sections stay as they are, byte for byte.
+        """
+        device_state = self.device_state
+        if (capabilities, uuid) != (self.capabilities, uuid_of(self.subsections)):
+            vmdesc = find_vmdesc(BytesSource(device_state), 0)
+            if vmdesc is not None:
+                device_state = device_state[: vmdesc.file_offset] + with_configuration(
+                    vmdesc.description, self.machine, capabilities, has_uuid=uuid is not None
+                )
+        return replace(
+            self,
+            subsections=with_uuid(self.subsections, uuid),
+            capabilities=capabilities,
+            blocks=tuple(replace(block, ignored=block.idstr in ignored) for block in self.blocks),
+            device_state=device_state,
+        )
+
+    def header(self) -> bytes:
+        """The stream's beginning: header, configuration, and the RAM section's START up to its list of blocks."""
+        total = sum(block.used_length for block in self.blocks)
+        header = encode_stream_header(self.machine, self.subsections, self.capabilities)
+        return header + encode_ram_start(self.ram_section_id, total)
 
 
 @dataclass(frozen=True)
@@ -71,24 +110,28 @@ class Layout:
 
 
 def layout(image: Image, stream_offset: int = 0, alignment: int = ALIGNMENT) -> Layout:
-    """Lay the image out in a file, its stream beginning at ``stream_offset``.
+    """Lay a mapped-ram image out in a file, its stream beginning at ``stream_offset``.
 
     Every block's pages begin at a multiple of ``alignment`` (itself a multiple of the page size) of the file.
     """
     extents: list[tuple[int, bytes]] = []
     blocks: list[RAMBlock] = []
     extent_offset = stream_offset
-    extent = encode_stream_header(image.machine, image.subsections, [MAPPED_RAM])
-    extent += encode_ram_start(image.ram_section_id, sum(used_length for _, used_length in image.blocks))
-    for idstr, used_length in image.blocks:
-        entry = extent + encode_block(idstr, used_length)
-        header_offset = extent_offset + len(entry)
+    extent = image.header()
+    for block in image.blocks:
+        extent += encode_block(block, image.capabilities)
+        header_offset = extent_offset + len(extent)
+        if block.ignored:
+            extent += encode_block_header(image.page_size, 0, 0)
+            blocks.append(replace(block, pages_offset=None, bitmap_offset=None, header_offset=header_offset))
+            continue
         bitmap_offset = header_offset + HEADER_LENGTH
-        pages_offset = _round_up(bitmap_offset + bitmap_length(used_length // image.page_size), alignment)
-        extents.append((extent_offset, entry + encode_block_header(image.page_size, bitmap_offset, pages_offset)))
-        block = RAMBlock(idstr, used_length, image.page_size, pages_offset, bitmap_offset, None, header_offset)
-        blocks.append(block)
-        extent_offset, extent = pages_offset + used_length, b""
+        pages_offset = _round_up(bitmap_offset + bitmap_length(block.page_count), alignment)
+        extents.append((extent_offset, extent + encode_block_header(image.page_size, bitmap_offset, pages_offset)))
+        blocks.append(
+            replace(block, pages_offset=pages_offset, bitmap_offset=bitmap_offset, header_offset=header_offset)
+        )
+        extent_offset, extent = pages_offset + block.used_length, b""
     extent += encode_eos() + encode_footer(image.ram_section_id, footers=image.footers)
     extent += image.setup
     extent += encode_ram_section(SectionType.END, image.ram_section_id, footers=image.footers)
@@ -97,26 +140,36 @@ def layout(image: Image, stream_offset: int = 0, alignment: int = ALIGNMENT) -> 
     return Layout(extents, tuple(blocks), extent_offset + len(extent))
 
 
+def frame(image: Image) -> tuple[bytes, bytes]:
+    """What comes before and after the page records of a plain stream, which are all in the RAM section's END."""
+    section_id, footers = image.ram_section_id, image.footers
+    ram_end = encode_eos() + encode_footer(section_id, footers=footers)
+    blocks = b"".join(encode_block(block, image.capabilities) for block in image.blocks)
+    before = image.header() + blocks + ram_end + image.setup + encode_part_header(SectionType.END, section_id)
+    return before, ram_end + image.device_state
+
+
 def image_of(checkpoint: Checkpoint, setup: bytes, device_state: bytes) -> Image:
-    """The image that makes the same checkpoint again, whatever kind of stream it came from.
+    """The image that makes the same stream again, but for its pages; see `Image.configured`.
 
     ``setup`` and ``device_state`` are ``read_setup`` and ``read_device_state`` of it.
     """
     return Image(
         machine=checkpoint.machine,
         subsections=checkpoint.subsections,
+        capabilities=checkpoint.capabilities,
         ram_section_id=checkpoint.ram_section_id,
-        blocks=tuple((block.idstr, block.used_length) for block in checkpoint.blocks),
+        blocks=checkpoint.blocks,
         page_size=checkpoint.page_size,
         setup=setup,
-        device_state=for_capabilities(device_state, checkpoint, (MAPPED_RAM,)),
+        device_state=device_state,
         footers=checkpoint.footers,
         bitmap_byteorder=checkpoint.bitmap_byteorder,
     )
 
 
 def empty_image(blocks: Sequence[tuple[str, int]], page_size: int = DEFAULT_PAGE_SIZE) -> Image:
-    """The image of a guest without a machine: RAM alone. ``blocks`` are idstr and used_length.
+    """The image of a guest without a machine: RAM alone, mapped-ram. ``blocks`` are idstr and used_length.
 
     Raises CheckpointError for a block that no migration file can hold.
     """
@@ -129,8 +182,9 @@ def empty_image(blocks: Sequence[tuple[str, int]], page_size: int = DEFAULT_PAGE
     return Image(
         machine=machine,
         subsections=() if page_size == DEFAULT_PAGE_SIZE else (encode_target_page_bits(page_size),),
+        capabilities=(MAPPED_RAM,),
         ram_section_id=1,
-        blocks=tuple(blocks),
+        blocks=tuple(RAMBlock(idstr, length, page_size, None, None, None, None) for idstr, length in blocks),
         page_size=page_size,
         setup=b"",
         device_state=bytes([SectionType.EOF]) + empty_vmdesc(machine, page_size, (MAPPED_RAM,)),

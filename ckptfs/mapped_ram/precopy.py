@@ -18,7 +18,8 @@ import numpy.typing as npt
 
 from ckptfs.errors import CheckpointError
 from ckptfs.mapped_ram.bitmap import PagesBitmap
-from ckptfs.mapped_ram.checkpoint import Checkpoint, finish_checkpoint, for_capabilities
+from ckptfs.mapped_ram.checkpoint import Checkpoint, finish_checkpoint
+from ckptfs.mapped_ram.layout import frame, image_of
 from ckptfs.mapped_ram.ram_section import read_block_list, read_ram_start, read_ram_start_end
 from ckptfs.mapped_ram.ramblock import RAMBlock
 from ckptfs.mapped_ram.sections import SectionWalker, refuse_section
@@ -30,13 +31,8 @@ from ckptfs.mapped_ram.stream import (
     Cursor,
     SectionType,
     Source,
-    encode_block,
-    encode_eos,
     encode_footer,
     encode_idstr,
-    encode_ram_section,
-    encode_ram_start,
-    encode_stream_header,
     is_mapped_ram,
     quote_idstr,
     read_stream_header,
@@ -156,19 +152,8 @@ def vmstate_stream(
         zero_pages = np.flatnonzero(bitmap.expand(0, bitmap.page_count) == 0)
         zeros = np.zeros((zero_pages.size, 1), np.uint8)
         records += _encode_records(blocks[idstr], RAM_ZERO, zero_pages, zeros)
-    section_id, footers = checkpoint.ram_section_id, checkpoint.footers
-    return b"".join(
-        [
-            encode_stream_header(checkpoint.machine, checkpoint.subsections, []),
-            encode_ram_start(section_id, sum(block.used_length for block in checkpoint.blocks)),
-            *(encode_block(block.idstr, block.used_length) for block in checkpoint.blocks),
-            encode_eos(),
-            encode_footer(section_id, footers=footers),
-            setup,
-            encode_ram_section(SectionType.END, section_id, footers=footers, records=b"".join(records)),
-            for_capabilities(device_state, checkpoint, ()),
-        ]
-    )
+    before, after = frame(image_of(checkpoint, setup, device_state).configured((), checkpoint.uuid))
+    return b"".join([before, *records, after])
 
 
 class _PageIndex:

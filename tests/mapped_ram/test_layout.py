@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ckptfs.errors import CheckpointError
 from ckptfs.mapped_ram.checkpoint import read_checkpoint, read_device_state, read_setup
 from ckptfs.mapped_ram.layout import empty_image, image_of, layout
-from ckptfs.mapped_ram.vmdesc import with_capabilities
+from ckptfs.mapped_ram.vmdesc import with_configuration
 from tests.doubles.migration_file import Block, BytesSource, Device, MigrationFile
 
 
@@ -102,7 +102,7 @@ def test_only_the_vmdesc_changes_when_capabilities_do():
     source = BytesSource(description.data())
     checkpoint, _ = read_checkpoint(source)
     device_state = read_device_state(source, checkpoint)
-    image = image_of(checkpoint, b"", device_state)
+    image = image_of(checkpoint, b"", device_state).configured(("mapped-ram",), checkpoint.uuid)
     sections = checkpoint.vmdesc_offset - checkpoint.device_state_offset
     assert image.device_state[:sections] == device_state[:sections]
     composed, _ = read_checkpoint(metadata(layout(image)))
@@ -114,8 +114,15 @@ def test_only_the_vmdesc_changes_when_capabilities_do():
 def test_other_subsections_keep_their_place_in_the_vmdesc():
     names = [f"configuration/{name}" for name in ("target-page-bits", "capabilities", "uuid", "else")]
     configuration = {"subsections": [1, *({"vmsd_name": name} for name in names)]}
-    for capabilities, expected in [((), [names[0], names[2]]), (("mapped-ram",), names[:3])]:
-        section = with_capabilities({"configuration": configuration, "devices": []}, "pc", capabilities)
+    cases = [
+        ((), False, names[:1]),
+        ((), True, [names[0], names[2]]),
+        (("mapped-ram",), False, names[:2]),
+        (("mapped-ram",), True, names[:3]),
+    ]
+    for capabilities, has_uuid, expected in cases:
+        description = {"configuration": configuration, "devices": []}
+        section = with_configuration(description, "pc", capabilities, has_uuid=has_uuid)
         described = json.loads(section[5:])["configuration"]
         assert [subsection["vmsd_name"] for subsection in described["subsections"]] == expected
 
@@ -125,7 +132,8 @@ def test_a_vmdesc_without_configuration_is_only_copied():
     data = description.data().replace(b'"configuration": {}', b'"configuratiom": {}')
     checkpoint, _ = read_checkpoint(BytesSource(data))
     device_state = read_device_state(BytesSource(data), checkpoint)
-    assert image_of(checkpoint, b"", device_state).device_state == device_state
+    image = image_of(checkpoint, b"", device_state).configured(("mapped-ram",), None)
+    assert image.device_state == device_state
 
 
 def test_a_huge_layout_costs_nothing():
