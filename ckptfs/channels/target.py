@@ -130,7 +130,11 @@ class PathTarget:
             os.close(self._directory)
             raise
         self.file = OpenedFile(fd, os.O_WRONLY)
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells it from a left-over of a dead daemon
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells it from a left-over of a dead daemon
+        except BaseException:
+            self.discard()
+            raise
 
     def seal(self, file_offset: int, header: bytes) -> None:
         """Write the header; the rename decides."""

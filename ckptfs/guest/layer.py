@@ -1,5 +1,6 @@
 """Pages held in memory."""
 
+import contextlib
 import mmap
 import os
 
@@ -28,8 +29,9 @@ class Layer:
             os.close(self._fd)
             raise
         self._view = memoryview(self._memory)
-        self._memory.madvise(mmap.MADV_NOHUGEPAGE)
-        self._memory.madvise(mmap.MADV_DONTDUMP)
+        with contextlib.suppress(OSError):  # a kernel without huge pages refuses to do without them
+            self._memory.madvise(mmap.MADV_NOHUGEPAGE)
+            self._memory.madvise(mmap.MADV_DONTDUMP)
 
     def store(self, block_offset: int, data: bytes | memoryview) -> None:
         """Write ``data`` and mark its pages present; pages written in part must be present already.
