@@ -1,0 +1,76 @@
+"""Commands as a reader of the documentation types them: a shell, .venv/bin, and a guest behind QEMU's disk."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.mount.harness import BIN
+from tests.qemu.guest import CACHE, Guest
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+
+Run = Callable[..., str]
+
+_QEMU = """\
+#!/bin/bash
+# The reader has a guest on his disk; this one has a kernel instead.
+exec {qemu} -accel tcg -kernel {guest.kernel} -initrd {guest.initrd} -append "console=ttyS0 quiet panic=-1" "$@"
+"""
+
+_PATIENCE = """\
+kill() { # a reader goes on when what he has ended is gone
+    command kill "$@"
+    while command kill -0 "$@" 2>/dev/null; do sleep 0.01; done
+}
+"""
+
+
+@pytest.fixture
+def run(tmp_path: Path, guest_files: Guest) -> Iterator[Run]:
+    """`run(SCRIPT or [PROGRAM, ARGUMENT...])` returns what it prints; it has to end well and to leave nothing."""
+    work = tmp_path / "work"
+    tools = tmp_path / "tools"
+    work.mkdir()
+    tools.mkdir()
+    with (work / "disk.img").open("wb") as disk:
+        disk.truncate(64 << 20)
+    qemu = tools / "qemu-system-x86_64"
+    qemu.write_text(_QEMU.format(qemu=shutil.which("qemu-system-x86_64"), guest=guest_files))
+    qemu.chmod(0o755)
+    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
+
+    def run(what: str | list[str | Path], **variables: str) -> str:
+        if isinstance(what, str):
+            command: list[str | Path] = ["bash", "-euo", "pipefail", "-c", _PATIENCE + what]
+            variables["PATH"] = f"{tools}:{environment['PATH']}"
+        else:
+            command = what
+        result = subprocess.run(
+            command,
+            cwd=work,
+            env={**environment, **variables},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
+        assert result.stderr == ""
+        return result.stdout
+
+    assert CACHE.is_dir()
+    yield run
+    left = _mounts_below(tmp_path)
+    for path in left:
+        subprocess.run(["umount", "--lazy", path], check=True)
+    assert not left
+
+
+def _mounts_below(path: Path) -> list[str]:
+    mountpoints = [line.split(" ")[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    return [mountpoint for mountpoint in mountpoints if mountpoint.startswith(f"{path}/")]
