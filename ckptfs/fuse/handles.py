@@ -149,8 +149,6 @@ class RAMHandle(Handle):
         settling = self._page_cache.settling
         if settling is not None:
             await settling.admit(FileRange(self.inode, offset, offset + length), writing=False)
-        if self.may_map_shared and not self._guest.writers_run:
-            await self._guest.wait_for_writers_turn()  # a page that he reads is a page that he can write
         return await self._guest.read(self._block, offset, length)
 
     async def write(self, offset: int, data: bytes) -> int:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import logging
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import trio
@@ -139,14 +140,22 @@ class Base:
         self.bytes_read += sum(run.stop - run.start for run in runs) * page_size
         return buffer
 
-    async def read_into(self, idstr: str, run: Run, view: memoryview, page_size: int) -> None:
-        """Read a run of pages that are all in the checkpoint into ``view``, behind all readers."""
+    async def read_into(
+        self, idstr: str, runs: Sequence[Run], view: Callable[[int, int], memoryview], page_size: int
+    ) -> None:
+        """Read runs of pages that are all in the checkpoint, one after another, behind all readers.
+
+        ``view`` gives the memory for pages [start, stop). Raises BadPagesError, StorageError.
+        """
         pages = self.blocks[idstr].pages
-        await pages.channels.carry(
-            lambda channel: _read_run(channel, view, idstr, pages, run, page_size), urgent=False
-        )
-        self.read_count += 1
-        self.bytes_read += len(view)
+
+        def read_runs(channel: Channel) -> None:
+            for run in runs:
+                _read_run(channel, view(*run), idstr, pages, run, page_size)
+
+        await pages.channels.carry(read_runs, urgent=False)
+        self.read_count += len(runs)
+        self.bytes_read += sum(run.stop - run.start for run in runs) * page_size
 
     def close(self) -> None:
         """Close the backing file; reads that are under way end first."""

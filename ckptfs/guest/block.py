@@ -150,10 +150,10 @@ class GuestBlock:
         for dropped in former.layers if keep_restored else (*former.layers, layer):
             dropped.close()
 
-    def reset(self) -> None:
-        """Drop every page written since the base."""
+    def reset(self, layer: Layer) -> None:
+        """Drop every page written since the base; ``layer`` is empty, and for what is written from now on."""
         dropped = self.stack.written
-        self.stack = replace(self.stack, written=(Layer(self.idstr, self.page_count, self.page_size),))
+        self.stack = replace(self.stack, written=(layer,))
         for layer in dropped:
             layer.close()
 

@@ -33,7 +33,7 @@ from ckptfs.mapped_ram.precopy import vmstate_stream
 from ckptfs.mapped_ram.stream import IGNORE_SHARED, MAPPED_RAM, uuid_of
 from ckptfs.migration.address import FileMigrationArgs, SeekableAddress
 from ckptfs.migration.capabilities import MigrationCapabilities
-from ckptfs.migration.outgoing import page_chunks
+from ckptfs.migration.outgoing import page_windows
 from ckptfs.migration.parameters import MigrationParameters
 from ckptfs.migration.ratelimit import RateLimit
 from ckptfs.migration.status import MigrationStatus
@@ -151,14 +151,21 @@ class Guest:
         return guest
 
     def fill(self, base: Base) -> None:
-        """Make ``base`` what RAM is restored from."""
-        self.refuse_filled()
-        self.page_size = base.checkpoint.page_size
+        """Make ``base`` what RAM is restored from, and take it over; where that fails, it is closed."""
+        page_size = base.checkpoint.page_size
+        blocks = {}
+        with contextlib.ExitStack() as undo:
+            undo.callback(base.close)
+            self.refuse_filled()
+            for block in base.checkpoint.blocks:
+                base_block = base.blocks.get(block.idstr)
+                blocks[block.idstr] = GuestBlock(block.idstr, block.page_count, page_size, base_block)
+                undo.callback(blocks[block.idstr].close)
+            undo.pop_all()
+        self.page_size = page_size
         self.base = base
         self.direct_io = base.direct_io
-        for block in base.checkpoint.blocks:
-            base_block = base.blocks.get(block.idstr)
-            self.blocks[block.idstr] = GuestBlock(block.idstr, block.page_count, self.page_size, base_block)
+        self.blocks.update(blocks)
 
     def refuse_filled(self) -> None:
         """Only an empty guest can be filled from a checkpoint."""
@@ -276,7 +283,8 @@ class Guest:
         }
         # no await between the last look at the top layer and the write: a save puts a new layer on top
         while True:
-            await self.wait_for_writers_turn()
+            while not self.writers_run:
+                await self._writers_may_go.wait()
             page = self._not_on_top(block, edges)
             if page is None:
                 break
@@ -603,12 +611,17 @@ class Guest:
                 errno.EPERM,
             )
         pages = [
-            (idstr, run.start, bytes(await self.read(block, run.start * self.page_size, length)))
+            (
+                idstr,
+                run.start,
+                bytes(data[(run.start - start) * self.page_size : (run.stop - start) * self.page_size]),
+            )
             for idstr, block in self.blocks.items()
             if idstr not in left_out
-            for runs in page_chunks(block.stack.with_data())
-            for run in runs
-            if (length := (run.stop - run.start) * self.page_size)
+            for with_data in [block.stack.with_data()]
+            for start, stop in page_windows(with_data, self.page_size)
+            for data in [await self.read(block, start * self.page_size, (stop - start) * self.page_size)]
+            for run in with_data.runs(start, stop)
         ]
         stream = vmstate_stream(self.base.checkpoint, left_out, pages, self.base.setup, self.base.device_state)
         self.machine_ran = self.machine_ran or bool(users.maps_shared)
@@ -637,8 +650,14 @@ class Guest:
         if self.migration.running:
             raise StateError(f"a {self.migration.kind} is running: wait for it, or cancel it")
         dropped = sum(block.written.count() for block in self.blocks.values())
-        for block in self.blocks.values():
-            block.reset()
+        layers = []
+        with contextlib.ExitStack() as undo:  # all blocks, or none
+            for block in self.blocks.values():
+                layers.append(Layer(block.idstr, block.page_count, block.page_size))
+                undo.callback(layers[-1].close)
+            undo.pop_all()
+        for block, layer in zip(self.blocks.values(), layers, strict=True):
+            block.reset(layer)
         self.machine_ran = False
         return f"{dropped} written pages dropped"
 
@@ -653,15 +672,14 @@ class Guest:
         return self._writers_may_go.is_set()
 
     async def hold_writers(self) -> None:
-        """Let whoever writes RAM wait, by write(2) or through a mapping, from one moment on."""
+        """Let writes wait, from one moment on: RAM stays what it is then, for readers of the daemon and for saves.
+
+        Through a shared mapping a program can go on changing its pages in the kernel's page cache; they reach RAM
+        when writers go on.
+        """
         async with self._settled():
             if self.writers_run:
                 self._writers_may_go = trio.Event()
-
-    async def wait_for_writers_turn(self) -> None:
-        """Return when writers may go."""
-        while not self.writers_run:
-            await self._writers_may_go.wait()
 
     def let_writers_go(self) -> None:
         """Let them go on."""

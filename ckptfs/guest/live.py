@@ -26,6 +26,7 @@ def compose(capture: Capture[Epoch], blocks: Collection[str]) -> tuple[Epoch, Im
     checkpoint = stream.checkpoint
     frozen = capture.epoch.stacks
     _check_blocks(checkpoint, frozen, blocks)
+    _refuse_left_out(checkpoint, stream, frozen)
     carried = {
         block.idstr: _stack_of(stream, source, block) for block in checkpoint.blocks if block.idstr not in frozen
     }
@@ -48,11 +49,19 @@ def _check_blocks(checkpoint: Checkpoint, frozen: dict[str, PageStack], blocks: 
             )
 
 
+def _refuse_left_out(checkpoint: Checkpoint, stream: PrecopyStream, frozen: dict[str, PageStack]) -> None:
+    """A block without any record is one that QEMU left out: RAM in a shared file that is none of ours."""
+    for block in checkpoint.blocks:
+        if block.idstr not in frozen and block.idstr not in stream.page_offsets:
+            raise QemuError(
+                f"QEMU's RAM {block.idstr!r} lies in a shared file, and not on this mount", errno.EINVAL
+            )
+
+
 def _stack_of(stream: PrecopyStream, source: BytesSource, block: RAMBlock) -> PageStack:
     """A block's content as the stream has it, in a layer of its own."""
     layer = Layer(block.idstr, block.page_count, block.page_size)
-    if block.idstr in stream.page_offsets:
-        for run in stream.file_bmap(block.idstr).runs():
-            pages = stream.read_pages(source, block.idstr, run.start, run.stop)
-            layer.store(run.start * block.page_size, pages.reshape(-1).data)
+    for run in stream.file_bmap(block.idstr).runs():
+        pages = stream.read_pages(source, block.idstr, run.start, run.stop)
+        layer.store(run.start * block.page_size, pages.reshape(-1).data)
     return PageStack(block.page_count, (layer,), None, None)

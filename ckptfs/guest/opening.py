@@ -1,13 +1,13 @@
 """Opening a checkpoint to restore from."""
 
-import errno
+import contextlib
 import os
 import stat
 
 from ckptfs.channels.backing_file import BackingFile, OpenedFile
 from ckptfs.channels.descriptors import Descriptors, describe_address
 from ckptfs.channels.identity import Identity
-from ckptfs.errors import CheckpointError, CommandError
+from ckptfs.errors import CheckpointError, CommandError, StorageError
 from ckptfs.guest.base import Base, BaseOptions
 from ckptfs.migration.address import FdAddress, SeekableAddress
 
@@ -22,32 +22,34 @@ def open_checkpoint(
     """Open and check the checkpoint at ``address``, whose path is absolute, as ``identity`` may (blocking).
 
     Raises CheckpointError, naming the file and the byte, for a file that is none; CommandError for something that
-    is no regular file, or lies on the mount itself; StorageError if no handed descriptor fits; OSError.
+    is no regular file, or lies on the mount itself; StorageError if it can't be read or no handed descriptor fits.
     """
     name = describe_address(address)
-    file = descriptors.open(address, os.O_RDONLY)
-    if file is None:
-        assert not isinstance(address, FdAddress)
-        file = _open_path(address.filename, identity, forbidden_device)
     try:
-        return Base(name, file, 0 if isinstance(address, FdAddress) else address.offset, options)
+        with contextlib.ExitStack() as undo:
+            file = descriptors.open(address, os.O_RDONLY)
+            if file is None:
+                assert not isinstance(address, FdAddress)
+                file = _open_path(address.filename, identity, forbidden_device)
+            undo.callback(file.close)
+            base = Base(name, file, 0 if isinstance(address, FdAddress) else address.offset, options)
+            undo.pop_all()
     except CheckpointError as error:
-        file.close()
         raise error.of_file(name) from None
-    except BaseException:
-        file.close()
-        raise
+    except OSError as error:  # whatever name it has may be that of a descriptor
+        raise StorageError(f"{name}: {error.strerror}", error.errno) from error
+    return base
 
 
 def _open_path(path: str, identity: Identity, forbidden_device: int) -> BackingFile:
-    with identity.assumed():
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # NONBLOCK: a FIFO must not hang us
-    status = os.fstat(fd)
-    if stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode):
-        if status.st_dev != forbidden_device:
-            return OpenedFile(fd, os.O_RDONLY)
-        problem = "lies on this mount"
-    else:
-        problem = "is not a regular file, so it is no checkpoint"
-    os.close(fd)
-    raise CommandError(f"{path}: {problem}", errno.EINVAL)
+    with contextlib.ExitStack() as undo:
+        with identity.assumed():
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # NONBLOCK: a FIFO must not hang us
+        undo.callback(os.close, fd)
+        status = os.fstat(fd)
+        if not stat.S_ISREG(status.st_mode) and not stat.S_ISBLK(status.st_mode):
+            raise CommandError(f"{path}: is not a regular file, so it is no checkpoint")
+        if status.st_dev == forbidden_device:
+            raise CommandError(f"{path}: lies on this mount")
+        undo.pop_all()
+    return OpenedFile(fd, os.O_RDONLY)

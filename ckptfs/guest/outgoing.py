@@ -1,25 +1,27 @@
 """Writing a checkpoint: what one epoch holds, through multifd channels, into a mapped-ram file.
 
-Every chunk of 256 pages is one payload: its pages come straight out of the memory that holds them or, where
-only the base has them, through a buffer; zero pages are found and left as holes; the rest goes out in runs.
-Bitmaps come last, as QEMU writes them, and the stream's header very last.
+Every window of 1 MiB is one payload: its pages come straight out of the memory that holds them or, where it
+takes more than one memory or the base, through a buffer; zero pages are found and left as holes; the rest goes
+out in runs. Bitmaps come last, as QEMU writes them, and the stream's header very last.
 """
 
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import trio
 
 from ckptfs.channels.backing_file import BackingFile, DirectIO, pwrite_all
+from ckptfs.channels.buffers import AlignedBuffers
 from ckptfs.channels.channels import Channel, Channels
 from ckptfs.guest.base import Base
-from ckptfs.guest.block import Content, PageStack, Segment
+from ckptfs.guest.block import PageStack
 from ckptfs.guest.layer import Layer
-from ckptfs.mapped_ram.bitmap import PagesBitmap, Run
+from ckptfs.mapped_ram.bitmap import PagesBitmap
 from ckptfs.mapped_ram.layout import Image, layout
-from ckptfs.migration.outgoing import coalesce, nonzero_pages, page_chunks
+from ckptfs.migration.outgoing import coalesce, nonzero_pages, page_windows
 from ckptfs.migration.parameters import ZeroPageDetection
 
 
@@ -76,11 +78,13 @@ class _OutgoingBlock:
 
 
 @dataclass(frozen=True)
-class _Chunk:
-    """One payload: pages of one block, all inside one aligned window."""
+class Window:
+    """One payload: pages [start, stop) of one block, of which those in ``mask`` hold data."""
 
     idstr: str
-    runs: tuple[Run, ...]
+    start: int
+    stop: int
+    mask: npt.NDArray[np.bool_]
 
 
 async def write_checkpoint(
@@ -100,11 +104,12 @@ async def write_checkpoint(
         progress.total_pages = sum(bitmap.page_count for bitmap in with_data.values())
         progress.remaining_pages = sum(bitmap.count() for bitmap in with_data.values())
         progress.zero_pages = progress.total_pages - progress.remaining_pages
-        chunks = (_Chunk(idstr, runs) for idstr, bitmap in with_data.items() for runs in page_chunks(bitmap))
+        windows = data_windows(with_data, image.page_size)
+        buffers = AlignedBuffers()
         async with trio.open_nursery() as nursery:
             for _ in range(channels.channel_count):
                 nursery.start_soon(
-                    _write_chunks, chunks, channels, blocks, image.page_size, epoch, options, progress
+                    _write_windows, windows, buffers, channels, blocks, image.page_size, epoch, options, progress
                 )
     finally:
         channels.close()
@@ -115,8 +120,16 @@ async def write_checkpoint(
     return Written(plan.header, channels.direct_io)
 
 
-async def _write_chunks(
-    chunks: Iterator[_Chunk],
+def data_windows(with_data: dict[str, PagesBitmap], page_size: int) -> Iterator[Window]:
+    """The windows of all blocks in which pages hold data."""
+    for idstr, pages in with_data.items():
+        for start, stop in page_windows(pages, page_size):
+            yield Window(idstr, start, stop, pages.expand(start, stop).view(np.bool_))
+
+
+async def _write_windows(
+    windows: Iterable[Window],
+    buffers: AlignedBuffers,
     channels: Channels,
     blocks: dict[str, _OutgoingBlock],
     page_size: int,
@@ -124,89 +137,83 @@ async def _write_chunks(
     options: SaveOptions,
     progress: Progress,
 ) -> None:
-    """Carry chunks until none is left; as many of these tasks run as there are channels."""
-    for chunk in chunks:
-        pieces = await _pieces(chunk, page_size, epoch)
-        length = sum(len(view) for _, view in pieces)
+    """Carry windows until none is left; as many of these tasks run as there are channels."""
+    for window in windows:
+        data = await read_window(epoch, window, page_size, buffers)
+        mask = window.mask
+        page_count = int(mask.sum())
         if options.zero_page_detection is ZeroPageDetection.LEGACY:
-            pieces = list(_nonzero_pieces(pieces, page_size))
-        await options.wait_for_bandwidth(length)
+            mask = mask & nonzero_pages(data, page_size)
+        await options.wait_for_bandwidth(page_count * page_size)
         payload = partial(
-            _write_pieces,
-            pieces=pieces,
-            block=blocks[chunk.idstr],
+            _write_pages,
+            data=data,
+            mask=mask,
+            first_page=window.start,
+            block=blocks[window.idstr],
             page_size=page_size,
             detect_zero_pages=options.zero_page_detection is ZeroPageDetection.MULTIFD,
         )
         normal_pages = await channels.carry(payload)
-        options.charge(normal_pages * page_size - length)  # zero pages cost nothing
-        page_count = length // page_size
+        options.charge((normal_pages - page_count) * page_size)  # zero pages cost nothing
         progress.normal_pages += normal_pages
         progress.zero_pages += page_count - normal_pages
         progress.remaining_pages -= page_count
         progress.transferred += normal_pages * page_size
 
 
-async def _pieces(chunk: _Chunk, page_size: int, epoch: Epoch) -> list[tuple[int, memoryview]]:
-    """Return (first page, bytes) for all of a chunk, in order; what only the base has is read first."""
-    stack = epoch.stacks[chunk.idstr]
-    segments = [segment for run in chunk.runs for segment in stack.segments(*run)]
-    in_base = [segment for segment in segments if segment.source is Content.BASE]
-    window = memoryview(b"")
-    if in_base:
-        assert epoch.base is not None
-        window = await epoch.base.fetch(chunk.idstr, in_base[0].start, in_base[-1].stop, page_size, urgent=False)
+async def read_window(
+    epoch: Epoch, window: Window, page_size: int, buffers: AlignedBuffers
+) -> npt.NDArray[np.uint8]:
+    """Return the bytes of all pages of a window, page-aligned; what pages outside its mask hold is undefined.
 
-    def view(segment: Segment) -> memoryview:
-        if isinstance(segment.source, Layer):
-            return segment.source.view(segment.start, segment.stop)
-        first = in_base[0].start
-        return window[(segment.start - first) * page_size : (segment.stop - first) * page_size]
+    The newest layer that has a page counts, and the base where none has. Only pages with data are touched: a
+    layer's memory is allocated by reading it. Raises BadPagesError for a page of the base that can't be read.
+    """
+    stack, start, stop = epoch.stacks[window.idstr], window.start, window.stop
+    segment = stack.locate(start, stop)
+    if segment.stop == stop and isinstance(segment.source, Layer):
+        return np.frombuffer(segment.source.view(start, stop), np.uint8)
+    layers = [(layer, layer.present.expand(start, stop).view(np.bool_)) for layer in stack.layers]
+    in_base = window.mask.copy()
+    for _, present in layers:
+        in_base &= ~present
+    if np.array_equal(in_base, window.mask):
+        return await _fetch(epoch, window.idstr, start, stop, page_size)
+    data = np.frombuffer(buffers.take((stop - start) * page_size), np.uint8)
+    pages = data.reshape(-1, page_size)
+    if in_base.any():
+        first, last = int(in_base.argmax()), in_base.size - int(in_base[::-1].argmax())
+        fetched = await _fetch(epoch, window.idstr, start + first, start + last, page_size)
+        pages[first:last] = fetched.reshape(-1, page_size)
+    for layer, present in reversed(layers):
+        pages[present] = np.frombuffer(layer.view(start, stop), np.uint8).reshape(-1, page_size)[present]
+    return data
 
-    return [(segment.start, view(segment)) for segment in segments]
+
+async def _fetch(epoch: Epoch, idstr: str, start: int, stop: int, page_size: int) -> npt.NDArray[np.uint8]:
+    assert epoch.base is not None
+    return np.frombuffer(await epoch.base.fetch(idstr, start, stop, page_size, urgent=False), np.uint8)
 
 
-def _write_pieces(
+def _write_pages(
     channel: Channel,
     *,
-    pieces: list[tuple[int, memoryview]],
+    data: npt.NDArray[np.uint8],
+    mask: npt.NDArray[np.bool_],
+    first_page: int,
     block: _OutgoingBlock,
     page_size: int,
     detect_zero_pages: bool,
 ) -> int:
-    """Write the pages that are not zero and mark them; return how many they were. Runs in a worker thread."""
-    normal_pages = 0
+    """Write the pages of ``mask`` that are not zero and mark them; return how many. Runs in a worker thread."""
     if detect_zero_pages:
-        pieces = list(_nonzero_pieces(pieces, page_size))
-    for page, views in _contiguous(pieces, page_size):
-        channel.pwritev_all(views, block.pages_offset + page * page_size)
-        page_count = sum(map(len, views)) // page_size
-        block.file_bmap.set(page, page + page_count)
-        normal_pages += page_count
-    return normal_pages
-
-
-def _nonzero_pieces(pieces: list[tuple[int, memoryview]], page_size: int) -> Iterator[tuple[int, memoryview]]:
-    """Cut the zero pages out of pieces, each (first page, bytes)."""
-    for page, view in pieces:
-        for run in coalesce(nonzero_pages(np.frombuffer(view, np.uint8), page_size)):
-            yield page + run.start, view[run.start * page_size : run.stop * page_size]
-
-
-def _contiguous(pieces: list[tuple[int, memoryview]], page_size: int) -> Iterator[tuple[int, list[memoryview]]]:
-    """Join pieces that follow one another in the block, whatever memory they come from, into vectored writes."""
-    first, stop = 0, -1
-    views: list[memoryview] = []
-    for page, view in pieces:
-        if page != stop and views:
-            yield first, views
-            views = []
-        if not views:
-            first = page
-        views.append(view)
-        stop = page + len(view) // page_size
-    if views:
-        yield first, views
+        mask = mask & nonzero_pages(data, page_size)
+    for start, stop in coalesce(mask):
+        file_offset = block.pages_offset + (first_page + start) * page_size
+        channel.pwritev_all([data[start * page_size : stop * page_size].data], file_offset)
+    block.file_bmap.set_mask(first_page, mask)
+    return int(mask.sum())
 
 
 def _write_extents(fd: int, extents: list[tuple[int, bytes]]) -> None:
