@@ -34,7 +34,7 @@ def test_the_words_behind_an_error_are_read_from_the_same_open_file(fresh: Mount
     code, words = result.stdout.splitlines()
     assert code != "0"
     assert "No such file or directory" in result.stderr
-    assert words.startswith("error: /nowhere: ")
+    assert words.startswith("error: /nowhere/file: ")
 
 
 def test_a_fresh_cat_prints_the_last_outcome(fresh: Mounted) -> None:
