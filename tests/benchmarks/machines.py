@@ -1,0 +1,179 @@
+"""A live checkpoint of a running QEMU, and a start from a checkpoint, against what stock QEMU does by itself."""
+
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import trio
+
+from tests.benchmarks.rows import GiB, MiB, Row, Samples
+from tests.benchmarks.setting import Mount, Setting, fill, make_cold, settle
+from tests.qemu.guest import Guest, build_guest
+from tests.qemu.machine import Qemu
+from tests.qemu.qmp import Qmp
+
+CHANNELS = 4
+STOCK_SAVE = "stock QEMU, stop to completed, multifd 4, direct-io"
+STOCK_LOAD = "stock QEMU, multifd 4, direct-io"
+
+
+def live(setting: Setting) -> Iterator[Row]:
+    """`echo save > ctl` on a running guest that does little, and stock QEMU's save of the same guest."""
+    for memory in setting.guest_sizes:
+        yield from trio.run(_live, setting, memory)
+
+
+async def _live(setting: Setting, memory: int) -> list[Row]:
+    guest = build_guest(setting.directory)
+    reported: Samples = []
+    seen: Samples = []
+    whole: Samples = []
+    stock: Samples = []
+    stock_file = setting.directory / "stock"
+    async with _guest_on_mount(setting, guest, memory) as (mount, vm, monitor):
+        mount.ctl("save")
+        async with Qemu(guest, memory=_mebibytes(memory), incoming="defer") as other:
+            await other.load(setting.checkpoint, multifd=CHANNELS, direct_io=True)
+            await other.stop()
+
+            async def ours() -> None:
+                settle(setting.directory)
+                await vm.tick()
+                await monitor.execute("query-status")
+                monitor.events.clear()
+                whole.append(mount.ctl("save"))
+                reported.append(float(mount.status()["downtime"]))
+                seen.append(await _pause(monitor))
+
+            async def theirs() -> None:
+                stock_file.unlink(missing_ok=True)
+                settle(setting.directory)
+                await other.cont()
+                await other.tick()
+                started = time.perf_counter()
+                await other.stop()
+                await other.migrate_to(stock_file, multifd=CHANNELS, direct_io=True)
+                stock.append(time.perf_counter() - started)
+
+            for _ in range(setting.rounds):
+                await ours()
+                await vm.stop()  # neither takes the other's processor time
+                await theirs()
+                await vm.cont()
+    stock_ms = [seconds * 1000 for seconds in stock]
+    size = _name(memory)
+    return [
+        Row(f"guest pause of a live save, {size}, by status", "ms", reported, stock_ms, STOCK_SAVE),
+        Row(f"guest pause of a live save, {size}, STOP to RESUME", "ms", seen, stock_ms, STOCK_SAVE),
+        Row(f"the whole live save, {size}", "s", whole, stock, STOCK_SAVE),
+    ]
+
+
+@asynccontextmanager
+async def _guest_on_mount(setting: Setting, guest: Guest, memory: int) -> AsyncIterator[tuple[Mount, Qemu, Qmp]]:
+    """A new guest that ticks, no page of its RAM zero; and a monitor that keeps its events whole."""
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as sockets:
+        path = Path(sockets) / "events"
+        vm = Qemu(
+            guest,
+            *_backend(setting, memory),
+            "-qmp", f"unix:{path},server=on,wait=off",
+            memory=_mebibytes(memory), machine="pc,memory-backend=pc.ram",
+        )  # fmt: skip
+        with Mount(setting, f"ram=pc.ram:{memory}", f"qmp={vm.qmp_path}") as mount:
+            fill(mount.ram, memory)  # what the guest's kernel has no use for stays like this
+            async with vm, await trio.open_unix_socket(path) as stream:
+                monitor = Qmp(stream)
+                await monitor.greet()
+                await vm.tick()
+                yield mount, vm, monitor
+
+
+async def _pause(monitor: Qmp) -> float:
+    """Milliseconds between the one STOP and the one RESUME that came, by QEMU's own clock."""
+    await monitor.execute("query-status")  # what came before its reply has been read now
+    moments = {event["event"]: event["timestamp"] for event in monitor.events}
+    stop, resume = (
+        moments[name]["seconds"] * 1000 + moments[name]["microseconds"] / 1000 for name in ("STOP", "RESUME")
+    )
+    return float(resume - stop)
+
+
+def running(setting: Setting) -> Iterator[Row]:
+    """From the start of mount.ckptfs to a running guest, and stock QEMU's load of the same file."""
+    for memory in setting.guest_sizes:
+        yield from trio.run(_running, setting, memory)
+
+
+async def _running(setting: Setting, memory: int) -> list[Row]:
+    guest = build_guest(setting.directory)
+    async with _guest_on_mount(setting, guest, memory) as (mount, *_):
+        mount.ctl("save")
+    ours: list[Samples] = [[], [], [], []]
+    theirs: list[Samples] = [[], []]
+
+    async def lazily() -> None:
+        make_cold(setting.checkpoint)
+        started = time.perf_counter()
+        with Mount(setting) as mount:
+            async with Qemu(
+                guest,
+                *_backend(setting, memory),
+                memory=_mebibytes(memory),
+                machine="pc,memory-backend=pc.ram",
+                incoming=f"file:{mount.path}/vmstate",
+            ) as vm:
+                await _until_running(vm)
+                ours[0].append(time.perf_counter() - started)
+                ours[2].append(_mebibytes_read(mount))
+                await vm.tick()
+                ours[1].append(time.perf_counter() - started)
+                ours[3].append(_mebibytes_read(mount))
+
+    async def stock() -> None:
+        make_cold(setting.checkpoint)
+        started = time.perf_counter()
+        async with Qemu(guest, memory=_mebibytes(memory), incoming="defer") as vm:
+            await vm.load(setting.checkpoint, multifd=CHANNELS, direct_io=True)
+            await _until_running(vm)
+            theirs[0].append(time.perf_counter() - started)
+            await vm.tick()
+            theirs[1].append(time.perf_counter() - started)
+
+    for _ in range(setting.rounds):
+        await lazily()
+        await stock()
+    size = _name(memory)
+    all_of_it = [memory / MiB]
+    return [
+        Row(f"mount and QEMU until the guest runs, {size}", "s", ours[0], theirs[0], STOCK_LOAD),
+        Row(f"mount and QEMU until the first tick, {size}", "s", ours[1], theirs[1], STOCK_LOAD),
+        Row(f"read when the guest runs, {size}", "MiB", ours[2], all_of_it, "all of RAM"),
+        Row(f"read at its first tick, {size}", "MiB", ours[3], all_of_it, "all of RAM"),
+    ]
+
+
+async def _until_running(vm: Qemu) -> None:
+    while await vm.run_state() != "running":  # noqa: ASYNC110 - its event may have come before anybody heard it
+        await trio.sleep(0.001)
+
+
+def _mebibytes_read(mount: Mount) -> float:
+    """RAM that was served from the checkpoint; a page that was written since had been read before."""
+    status = mount.status()
+    return (int(status["read-pages"]) + int(status["written-pages"])) * 4096 / MiB
+
+
+def _backend(setting: Setting, memory: int) -> tuple[str, str]:
+    path = setting.directory / "mnt" / "ram" / "pc.ram"
+    return "-object", f"memory-backend-file,id=pc.ram,size={memory},mem-path={path},share=on"
+
+
+def _mebibytes(memory: int) -> str:
+    return f"{memory // MiB}M"
+
+
+def _name(memory: int) -> str:
+    return f"{memory // GiB} GiB" if memory % GiB == 0 else f"{memory // MiB} MiB"
