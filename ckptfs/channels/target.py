@@ -118,7 +118,7 @@ class PathTarget:
         try:
             self._check_replaceable()
             self._remove_leftovers()
-            self._temporary = f".{self._name[:200]}.{secrets.token_hex(6)}{_SUFFIX}"
+            self._temporary = f"{self._temporary_prefix()}{secrets.token_hex(6)}{_SUFFIX}"
             with identity.assumed():
                 fd = os.open(
                     self._temporary,
@@ -184,6 +184,10 @@ class PathTarget:
         os.close(self._directory)
         self.file.close()
 
+    def _temporary_prefix(self) -> str:
+        """How every temporary of this name begins: with as much of it as leaves room (NAME_MAX is in bytes)."""
+        return f".{os.fsdecode(os.fsencode(self._name)[:200])}."
+
     def _check_replaceable(self) -> None:
         """Refuse to replace anything but a regular file of one name that holds a checkpoint, or nothing yet."""
         try:
@@ -217,7 +221,7 @@ class PathTarget:
 
     def _remove_leftovers(self) -> None:
         """Remove temporaries of earlier saves to this name whose daemon is gone (nobody holds their lock)."""
-        prefix = f".{self._name[:200]}."
+        prefix = self._temporary_prefix()
         for name in os.listdir(self._directory):
             if not (name.startswith(prefix) and name.endswith(_SUFFIX)):
                 continue

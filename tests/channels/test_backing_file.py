@@ -1,4 +1,5 @@
 import errno
+import fcntl
 import os
 import resource
 import tempfile
@@ -12,12 +13,13 @@ from ckptfs.channels.backing_file import (
     IOV_MAX,
     DirectIO,
     FileSource,
-    open_pages_descriptor,
+    HandedFile,
+    NamedFile,
+    OpenedFile,
     pread,
     pread_exactly,
     pwrite_all,
     pwritev_all,
-    reopen,
 )
 from ckptfs.channels.buffers import AlignedBuffers
 from ckptfs.errors import StorageError
@@ -77,7 +79,7 @@ def test_short_reads_are_finished(
 def test_short_direct_reads_go_on_at_an_aligned_place(
     open_file: Callable[[bytes], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    direct, is_direct = open_pages_descriptor(open_file(CONTENT), os.O_RDONLY, DirectIO(wanted=True))
+    direct, is_direct = OpenedFile(open_file(CONTENT), os.O_RDONLY).open_pages(DirectIO(wanted=True))
     assert is_direct
     buffer = AlignedBuffers().take(8 * PAGE)
     whole_preadv = os.preadv
@@ -100,7 +102,7 @@ def test_short_direct_reads_go_on_at_an_aligned_place(
 def test_a_file_that_ends_too_early_is_an_error_and_never_zeros(
     open_file: Callable[[bytes], int], length: int, direct_io: bool
 ) -> None:
-    fd, _ = open_pages_descriptor(open_file(CONTENT[:length]), os.O_RDONLY, DirectIO(direct_io))
+    fd, _ = OpenedFile(open_file(CONTENT[:length]), os.O_RDONLY).open_pages(DirectIO(direct_io))
     try:
         with pytest.raises(StorageError, match=f"the file ends at byte {length:#x}, inside a page") as error:
             pread_exactly(fd, AlignedBuffers().take(3 * PAGE), 0)
@@ -164,7 +166,7 @@ def test_short_direct_writes_go_on_at_an_aligned_place(
     open_file: Callable[[bytes], int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = open_file(b"")
-    direct, is_direct = open_pages_descriptor(plain, os.O_WRONLY, DirectIO(wanted=True))
+    direct, is_direct = OpenedFile(plain, os.O_WRONLY).open_pages(DirectIO(wanted=True))
     assert is_direct
     buffer = AlignedBuffers().take(8 * PAGE)
     buffer[:] = CONTENT[: 8 * PAGE]
@@ -241,7 +243,7 @@ def test_short_metadata_writes_are_finished(
 
 
 def test_pages_go_past_the_page_cache_where_that_is_possible(open_file: Callable[[bytes], int]) -> None:
-    fd, direct_io = open_pages_descriptor(open_file(CONTENT), os.O_RDWR, DirectIO(wanted=True, required=True))
+    fd, direct_io = OpenedFile(open_file(CONTENT), os.O_RDWR).open_pages(DirectIO(wanted=True, required=True))
     try:
         assert direct_io
         assert "O_DIRECT" in flag_names(fd)
@@ -251,7 +253,7 @@ def test_pages_go_past_the_page_cache_where_that_is_possible(open_file: Callable
 
 
 def test_direct_io_that_nobody_wants_is_not_used(open_file: Callable[[bytes], int]) -> None:
-    fd, direct_io = open_pages_descriptor(open_file(CONTENT), os.O_RDONLY, DirectIO(wanted=False))
+    fd, direct_io = OpenedFile(open_file(CONTENT), os.O_RDONLY).open_pages(DirectIO(wanted=False))
     try:
         assert not direct_io
         assert "O_DIRECT" not in flag_names(fd)
@@ -264,7 +266,7 @@ def test_a_file_system_without_direct_io_is_used_buffered_if_it_was_only_wanted(
 ) -> None:
     original = open_file(CONTENT)
     without_direct_io(monkeypatch)
-    fd, direct_io = open_pages_descriptor(original, os.O_RDONLY, DirectIO(wanted=True))
+    fd, direct_io = OpenedFile(original, os.O_RDONLY).open_pages(DirectIO(wanted=True))
     try:
         assert not direct_io
         assert os.pread(fd, 10, 0) == CONTENT[:10]
@@ -279,7 +281,7 @@ def test_a_file_system_without_direct_io_is_refused_if_it_was_required(
     without_direct_io(monkeypatch)
     before = open_descriptors()
     with pytest.raises(StorageError, match="does not support O_DIRECT: set direct-io off") as error:
-        open_pages_descriptor(original, os.O_RDONLY, DirectIO(wanted=True, required=True))
+        OpenedFile(original, os.O_RDONLY).open_pages(DirectIO(wanted=True, required=True))
     assert error.value.errno == errno.EINVAL
     assert open_descriptors() == before
 
@@ -294,19 +296,81 @@ def test_another_error_of_open_is_not_taken_for_a_lack_of_direct_io(
 
     monkeypatch.setattr(os, "open", out_of_descriptors)
     with pytest.raises(OSError, match="Too many open files"):
-        open_pages_descriptor(original, os.O_RDONLY, DirectIO(wanted=True))
+        OpenedFile(original, os.O_RDONLY).open_pages(DirectIO(wanted=True))
 
 
 def test_a_file_is_opened_again_though_its_name_is_gone() -> None:
     with tempfile.TemporaryFile() as file:
         file.write(b"nameless")
         file.flush()
-        again = reopen(file.fileno(), os.O_RDONLY)
+        again, _ = OpenedFile(file.fileno(), os.O_RDONLY).open_pages(DirectIO(wanted=False))
         try:
             assert os.pread(again, 100, 0) == b"nameless"
             assert not os.get_inheritable(again)
         finally:
             os.close(again)
+
+
+def test_of_an_fdset_the_first_descriptor_that_fits_exactly_serves(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(CONTENT)
+    flags = [os.O_RDWR, os.O_RDONLY | os.O_DIRECT, os.O_WRONLY, os.O_RDONLY, os.O_WRONLY | os.O_DIRECT]
+    descriptors = tuple(os.open(path, flag | os.O_CLOEXEC) for flag in flags)
+    before = open_descriptors()
+    try:
+        reading, writing = HandedFile(descriptors, os.O_RDONLY), HandedFile(descriptors, os.O_WRONLY)
+        assert (access_of(reading.fd), access_of(writing.fd)) == (os.O_RDONLY, os.O_WRONLY)
+        for file in (reading, writing):
+            for wanted in (True, False):
+                fd, direct_io = file.open_pages(DirectIO(wanted, required=True))
+                assert direct_io == wanted == ("O_DIRECT" in flag_names(fd))
+                assert access_of(fd) == file.access
+                assert not os.get_inheritable(fd)
+                os.close(fd)
+            file.close()
+        assert open_descriptors() == before
+    finally:
+        for fd in descriptors:
+            os.close(fd)
+
+
+def test_an_fdset_without_a_descriptor_that_fits_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(CONTENT)
+    for_both, for_reading = os.open(path, os.O_RDWR | os.O_CLOEXEC), os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with pytest.raises(StorageError, match="matching flags=0x0") as error:
+            HandedFile((for_both,), os.O_RDONLY)
+        assert error.value.errno == errno.EACCES
+        file = HandedFile((for_both, for_reading), os.O_RDONLY)
+        with pytest.raises(StorageError, match="matching flags=0x4000"):
+            file.open_pages(DirectIO(wanted=True, required=True))
+        fd, direct_io = file.open_pages(DirectIO(wanted=True))
+        assert not direct_io
+        os.close(fd)
+        file.close()
+    finally:
+        os.close(for_both)
+        os.close(for_reading)
+
+
+def test_a_named_descriptor_serves_however_it_was_opened(open_file: Callable[[bytes], int]) -> None:
+    buffered = open_file(CONTENT)
+    direct, _ = OpenedFile(buffered, os.O_RDONLY).open_pages(DirectIO(wanted=True))
+    for fd, bypasses_cache in ((buffered, False), (direct, True)):
+        for wanted in (True, False):
+            pages_fd, direct_io = NamedFile(fd).open_pages(DirectIO(wanted))
+            assert direct_io == bypasses_cache
+            assert not os.get_inheritable(pages_fd)
+            os.close(pages_fd)
+    with pytest.raises(StorageError, match="opened without O_DIRECT") as error:
+        NamedFile(buffered).open_pages(DirectIO(wanted=True, required=True))
+    assert error.value.errno == errno.EINVAL
+    NamedFile(direct).close()
+
+
+def access_of(fd: int) -> int:
+    return fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE
 
 
 def flag_names(fd: int) -> set[str]:

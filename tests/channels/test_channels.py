@@ -9,7 +9,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from ckptfs.channels.backing_file import DirectIO
+from ckptfs.channels.backing_file import DirectIO, OpenedFile
 from ckptfs.channels.channels import Channel, Channels
 from ckptfs.errors import StorageError
 from tests.doubles.storage import open_descriptors
@@ -32,7 +32,7 @@ def open_channels(backing_fd: int) -> Iterator[Callable[..., Channels]]:
     opened = []
 
     def open_channels(channel_count: int, deadline: float = 60.0) -> Channels:
-        opened.append(Channels.open(backing_fd, os.O_RDWR, BUFFERED, channel_count, deadline))
+        opened.append(Channels.open(OpenedFile(backing_fd, os.O_RDWR), BUFFERED, channel_count, deadline))
         return opened[-1]
 
     yield open_channels
@@ -108,14 +108,14 @@ def test_either_all_channels_are_created_or_none(
 
     monkeypatch.setattr(os, "open", failing)
     with pytest.raises(OSError, match="Too many open files"):
-        Channels.open(backing_fd, os.O_RDONLY, BUFFERED, 4)
+        Channels.open(OpenedFile(backing_fd, os.O_RDONLY), BUFFERED, 4)
     monkeypatch.undo()
     assert open_descriptors() == before
 
 
 def test_channels_know_whether_they_bypass_the_page_cache(backing_fd: int) -> None:
     for direct_io in (False, True):
-        channels = Channels.open(backing_fd, os.O_RDONLY, DirectIO(direct_io), 2)
+        channels = Channels.open(OpenedFile(backing_fd, os.O_RDONLY), DirectIO(direct_io), 2)
         assert (channels.direct_io, channels.channel_count) == (direct_io, 2)
         channels.close()
 
@@ -346,7 +346,7 @@ async def test_waiters_get_an_error_when_all_is_closed(open_channels: Callable[.
 
 async def test_a_descriptor_in_use_is_closed_when_its_payload_ends(backing_fd: int) -> None:
     before = open_descriptors()
-    channels = Channels.open(backing_fd, os.O_RDONLY, BUFFERED, 3)
+    channels = Channels.open(OpenedFile(backing_fd, os.O_RDONLY), BUFFERED, 3)
     during = []
 
     def payload(channel: Channel) -> None:
@@ -374,7 +374,7 @@ def test_a_thread_that_outlives_trio_closes_its_descriptor(
     monkeypatch.setattr(Channel, "close", lambda channel: (close(channel), closed.set()))
 
     async def main() -> None:
-        channels = Channels.open(backing_fd, os.O_RDONLY, BUFFERED, 1)
+        channels = Channels.open(OpenedFile(backing_fd, os.O_RDONLY), BUFFERED, 1)
         await abandon(channels, abandoned)
         channels.close()
 

@@ -1,0 +1,450 @@
+import errno
+import fcntl
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ckptfs.channels.identity import Identity
+from ckptfs.channels.target import PathTarget
+from ckptfs.errors import CkptfsError, CommandError
+from tests.doubles.storage import FailingCall, open_descriptors
+
+NO_DEVICE = -1
+FORMER = b"QEVM" + b"former" * 1000
+NEWER = b"QEVM" + b"newer" * 1000
+LEFTOVER = ".vm1.0123456789ab.ckptfs-partial"
+
+needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as somebody else")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays_open() -> Iterator[None]:
+    before = open_descriptors()
+    yield
+    assert open_descriptors() == before
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A directory for checkpoints, which anybody may write to."""
+    for parent in (tmp_path, *tmp_path.parents[:2]):
+        parent.chmod(0o755)
+    directory = tmp_path / "ckpt"
+    directory.mkdir()
+    directory.chmod(0o1777)
+    return directory
+
+
+def target_for(path: Path, identity: Identity | None = None, stream_offset: int = 0) -> PathTarget:
+    return PathTarget(str(path), stream_offset, identity or Identity.of_daemon(), NO_DEVICE)
+
+
+def save(path: Path, content: bytes = NEWER, identity: Identity | None = None) -> None:
+    target = target_for(path, identity)
+    os.pwrite(target.file.fd, content, 0)
+    target.publish()
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(os.listdir(directory))
+
+
+# --- publish and discard ----------------------------------------------------------------------------------
+
+
+def test_a_new_file_appears_whole_under_its_name(directory: Path) -> None:
+    target = target_for(directory / "vm1")
+    os.pwrite(target.file.fd, NEWER, 0)
+    assert not (directory / "vm1").exists()
+    target.publish()
+    assert names(directory) == ["vm1"]
+    assert (directory / "vm1").read_bytes() == NEWER
+
+
+def test_a_former_checkpoint_is_there_until_the_new_one_is(directory: Path) -> None:
+    path = directory / "vm1"
+    path.write_bytes(FORMER)
+    with path.open("rb") as reader:
+        target = target_for(path)
+        os.pwrite(target.file.fd, NEWER, 0)
+        assert path.read_bytes() == FORMER
+        target.publish()
+        assert path.read_bytes() == NEWER
+        assert reader.read() == FORMER  # whoever has it open keeps it
+    assert names(directory) == ["vm1"]
+
+
+def test_an_empty_file_is_replaced(directory: Path) -> None:
+    (directory / "vm1").touch()
+    save(directory / "vm1")
+    assert (directory / "vm1").read_bytes() == NEWER
+
+
+def test_a_discarded_one_leaves_no_trace(directory: Path) -> None:
+    path = directory / "vm1"
+    path.write_bytes(FORMER)
+    target = target_for(path)
+    os.pwrite(target.file.fd, NEWER, 0)
+    target.discard()
+    assert names(directory) == ["vm1"]
+    assert path.read_bytes() == FORMER
+
+
+def test_the_data_is_durable_before_the_name_and_the_name_before_the_return(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def recorded(name: str) -> Callable[..., Any]:
+        call = getattr(os, name)
+
+        def record(*args: Any, **kwargs: Any) -> Any:
+            calls.append((name, os.readlink(f"/proc/self/fd/{args[0]}") if isinstance(args[0], int) else args[1]))
+            return call(*args, **kwargs)
+
+        return record
+
+    target = target_for(directory / "vm1")
+    temporary = os.readlink(f"/proc/self/fd/{target.file.fd}")
+    for name in ("fdatasync", "rename", "fsync"):
+        monkeypatch.setattr(os, name, recorded(name))
+    target.publish()
+    assert calls == [("fdatasync", temporary), ("rename", "vm1"), ("fsync", str(directory))]
+
+
+@pytest.mark.parametrize("call", ["fdatasync", "rename"])
+def test_a_failed_sync_is_final(directory: Path, call: str) -> None:
+    path = directory / "vm1"
+    path.write_bytes(FORMER)
+    target = target_for(path)
+    os.pwrite(target.file.fd, NEWER, 0)
+    with FailingCall((call,), 1, errno.EIO).installed(), pytest.raises(OSError, match="injected"):
+        target.publish()
+    target.discard()
+    assert names(directory) == ["vm1"]
+    assert path.read_bytes() == FORMER
+
+
+def test_only_the_owner_can_read_it_whatever_the_umask(directory: Path) -> None:
+    former = os.umask(0)
+    try:
+        target = target_for(directory / "vm1")
+    finally:
+        os.umask(former)
+    assert os.fstat(target.file.fd).st_mode & 0o777 == 0o600
+    target.publish()
+    assert (directory / "vm1").stat().st_mode & 0o777 == 0o600
+
+
+def test_no_child_inherits_its_descriptors(directory: Path) -> None:
+    before = set(open_descriptors())
+    target = target_for(directory / "vm1")
+    mine = set(open_descriptors()) - before
+    assert len(mine) == 2
+    assert not any(os.get_inheritable(int(fd)) for fd in mine)
+    target.discard()
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["x" * 255, "€" * 85, "\udcff" * 255, "with\nnewline", "%s"],
+    ids=["long", "utf-8", "bytes", "newline", "percent"],
+)
+def test_every_name_that_the_file_system_takes_will_do(directory: Path, name: str) -> None:
+    save(directory / name)
+    save(directory / name, FORMER)
+    assert os.listdir(os.fsencode(directory)) == [os.fsencode(name)]
+
+
+def test_the_parent_is_found_once(directory: Path, tmp_path: Path) -> None:
+    target = target_for(directory / "vm1")
+    directory.rename(tmp_path / "moved")
+    directory.symlink_to("/nonexistent")
+    target.publish()
+    assert names(tmp_path / "moved") == ["vm1"]
+
+
+# --- left-overs -------------------------------------------------------------------------------------------
+
+
+def test_leftovers_of_a_dead_daemon_are_removed(directory: Path) -> None:
+    (directory / LEFTOVER).write_bytes(b"half a checkpoint")
+    target_for(directory / "vm1").discard()
+    assert names(directory) == []
+
+
+def test_a_running_save_is_no_leftover(directory: Path) -> None:
+    first = target_for(directory / "vm1")
+    os.pwrite(first.file.fd, FORMER, 0)
+    save(directory / "vm1", NEWER)
+    first.publish()
+    assert names(directory) == ["vm1"]
+    assert (directory / "vm1").read_bytes() == FORMER
+
+
+def test_a_killed_save_leaves_what_the_next_one_removes(directory: Path) -> None:
+    killed = target_for(directory / "vm1")
+    leftover = names(directory)
+    again = os.open(directory / leftover[0], os.O_RDONLY)  # outlives the daemon, and its lock
+    fcntl.flock(killed.file.fd, fcntl.LOCK_UN)
+    target_for(directory / "vm1").discard()
+    assert names(directory) == []
+    os.close(again)
+    killed.discard()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vm1.0123456789ab.ckptfs-partial",  # not hidden
+        ".vm2.0123456789ab.ckptfs-partial",  # another checkpoint's
+        ".vm1.old.0123456789ab.ckptfs-partial",  # that of vm1.old
+        ".vm1.012345.ckptfs-partial",
+        ".vm1.0123456789ab.ckptfs-partial~",
+    ],
+)
+def test_what_only_looks_like_a_leftover_stays(directory: Path, name: str) -> None:
+    (directory / name).write_bytes(b"somebody's")
+    save(directory / "vm1")
+    assert names(directory) == sorted([name, "vm1"])
+
+
+def test_a_planted_leftover_does_no_harm(directory: Path, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    (directory / LEFTOVER).symlink_to(victim)
+    (directory / LEFTOVER.replace("0", "f")).mkdir()
+    save(directory / "vm1")
+    assert victim.read_bytes() == b"precious"
+
+
+# --- what is refused --------------------------------------------------------------------------------------
+
+
+def plant_symlink(path: Path) -> None:
+    victim = path.with_name("victim")
+    victim.write_bytes(FORMER)
+    path.symlink_to(victim)
+
+
+def plant_hard_link(path: Path) -> None:
+    victim = path.with_name("victim")
+    victim.write_bytes(FORMER)
+    path.hardlink_to(victim)
+
+
+def plant_letters(path: Path) -> None:
+    path.write_bytes(b"Dear Sir or Madam")
+
+
+def plant_a_short_text(path: Path) -> None:
+    path.write_bytes(b"QEV")
+
+
+PLANTED = [
+    (plant_symlink, errno.EEXIST),
+    (plant_hard_link, errno.EMLINK),
+    (os.mkfifo, errno.EEXIST),
+    (Path.mkdir, errno.EISDIR),
+    (plant_letters, errno.EEXIST),
+    (plant_a_short_text, errno.EEXIST),
+]
+
+
+@pytest.mark.parametrize(("plant", "code"), PLANTED)
+def test_what_is_no_checkpoint_is_not_replaced(directory: Path, plant: Callable[[Path], None], code: int) -> None:
+    path = directory / "vm1"
+    plant(path)
+    before = names(directory)
+    with pytest.raises(CommandError, match="vm1: ") as error:
+        target_for(path)
+    assert error.value.errno == code
+    assert names(directory) == before
+
+
+@pytest.mark.parametrize(("plant", "code"), PLANTED)
+def test_what_is_planted_during_a_save_is_not_replaced_either(
+    directory: Path, plant: Callable[[Path], None], code: int
+) -> None:
+    path = directory / "vm1"
+    target = target_for(path)
+    os.pwrite(target.file.fd, NEWER, 0)
+    plant(path)
+    with pytest.raises(CommandError, match="vm1: ") as error:
+        target.publish()
+    assert error.value.errno == code
+    target.discard()
+    assert not [name for name in names(directory) if name.endswith("partial")]
+    assert path.is_symlink() or path.is_fifo() or path.is_dir() or path.read_bytes() != NEWER
+
+
+@needs_root
+def test_a_device_is_not_replaced(directory: Path) -> None:
+    path = directory / "vm1"
+    os.mknod(path, 0o600 | 0o020000, os.makedev(1, 3))
+    with pytest.raises(CommandError, match="is not a regular file"):
+        target_for(path)
+    assert path.is_char_device()
+
+
+def test_a_place_on_the_own_mount_is_refused_before_it_is_touched(directory: Path) -> None:
+    (directory / "vm1").write_bytes(FORMER)
+    device = directory.stat().st_dev
+    with (
+        FailingCall(("listdir", "stat"), 1, errno.EDEADLK).installed(),
+        pytest.raises(CommandError, match="lies on this mount; save to another file system") as error,
+    ):
+        PathTarget(str(directory / "vm1"), 0, Identity.of_daemon(), device)
+    assert error.value.errno == errno.EINVAL
+
+
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [
+        ("missing/vm1", errno.ENOENT),
+        ("file/vm1", errno.ENOTDIR),
+        ("loop/vm1", errno.ELOOP),
+        ("x" * 256, errno.ENAMETOOLONG),
+        ("", errno.EISDIR),
+        (".", errno.EISDIR),
+        ("missing/..", errno.EISDIR),
+    ],
+)
+def test_a_place_that_is_not_there_is_the_errno_of_the_storage(directory: Path, path: str, code: int) -> None:
+    (directory / "file").touch()
+    (directory / "loop").symlink_to("loop")
+    with pytest.raises((CkptfsError, OSError)) as error:
+        PathTarget(f"{directory}/{path}", 0, Identity.of_daemon(), NO_DEVICE)
+    assert error.value.errno == code
+    assert names(directory) == ["file", "loop"]
+
+
+@pytest.mark.parametrize("call", ["open", "fstat", "stat", "listdir"])
+@pytest.mark.parametrize("former", [None, FORMER])
+def test_whatever_call_fails_at_the_start_nothing_is_left(directory: Path, call: str, former: bytes | None) -> None:
+    path = directory / "vm1"
+    if former is not None:
+        path.write_bytes(former)
+    before = names(directory)
+    for number in range(1, 10):
+        with FailingCall((call,), number, errno.EIO).installed() as failing:
+            try:
+                target_for(path).discard()
+            except OSError as error:
+                noticed = error.errno
+            else:
+                noticed = None
+        assert names(directory) == before
+        if failing.failed is None:
+            break
+        assert noticed == errno.EIO
+    assert number > 1
+
+
+def test_a_file_system_without_locks_leaves_nothing(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    with pytest.raises(OSError, match="No locks available"):
+        target_for(directory / "vm1")
+    assert names(directory) == []
+
+
+# --- the bytes before the stream --------------------------------------------------------------------------
+
+PREFIX = b"somebody's own header, " * 300
+
+
+def save_behind(path: Path, stream_offset: int, content: bytes = NEWER) -> None:
+    target = target_for(path, stream_offset=stream_offset)
+    target.keep_prefix()
+    target.seal(stream_offset, content)
+    target.publish()
+
+
+@pytest.mark.parametrize("stream_offset", [1, 4096, 5000, len(PREFIX)])
+def test_the_bytes_before_the_stream_are_taken_over(directory: Path, stream_offset: int) -> None:
+    path = directory / "vm1"
+    path.write_bytes(PREFIX[:stream_offset])
+    save_behind(path, stream_offset, FORMER)
+    save_behind(path, stream_offset, NEWER)
+    assert path.read_bytes() == PREFIX[:stream_offset] + NEWER
+
+
+def test_a_file_that_ends_before_the_stream_is_taken_over_whole(directory: Path) -> None:
+    path = directory / "vm1"
+    path.write_bytes(b"short")
+    save_behind(path, 8192)
+    assert path.read_bytes() == b"short".ljust(8192, b"\0") + NEWER
+
+
+def test_without_a_former_file_the_bytes_before_the_stream_are_zeros(directory: Path) -> None:
+    save_behind(directory / "vm1", 4096)
+    assert (directory / "vm1").read_bytes() == bytes(4096) + NEWER
+
+
+def test_a_file_with_something_else_behind_the_prefix_is_not_replaced(directory: Path) -> None:
+    path = directory / "vm1"
+    path.write_bytes(FORMER)  # a checkpoint, but not there
+    with pytest.raises(CommandError, match="exists and holds no checkpoint at byte 0x10"):
+        target_for(path, stream_offset=16)
+    assert path.read_bytes() == FORMER
+
+
+# --- on behalf of somebody --------------------------------------------------------------------------------
+
+SOMEBODY = Identity(12345, 12345, (), "/")
+
+
+@needs_root
+def test_a_checkpoint_belongs_to_who_asked_for_it(directory: Path) -> None:
+    save(directory / "vm1", identity=SOMEBODY)
+    stat = (directory / "vm1").stat()
+    assert (stat.st_uid, stat.st_gid, stat.st_mode & 0o777) == (12345, 12345, 0o600)
+    save(directory / "vm1", FORMER, identity=SOMEBODY)
+    assert (directory / "vm1").read_bytes() == FORMER
+
+
+@needs_root
+@pytest.mark.parametrize("mode", [0o700, 0o755, 0o777 & ~0o001])
+def test_a_place_where_he_may_not_write_is_eacces(directory: Path, mode: int) -> None:
+    directory.chmod(mode)
+    with pytest.raises(PermissionError) as error:
+        target_for(directory / "vm1", SOMEBODY)
+    assert error.value.errno == errno.EACCES
+    assert names(directory) == []
+
+
+@needs_root
+def test_a_checkpoint_that_he_could_not_replace_is_not_replaced(directory: Path) -> None:
+    path = directory / "vm1"
+    path.write_bytes(FORMER)  # root's, in a sticky directory
+    path.chmod(0o644)
+    target = target_for(path, SOMEBODY)
+    os.pwrite(target.file.fd, NEWER, 0)
+    with pytest.raises(PermissionError):
+        target.publish()
+    target.discard()
+    assert names(directory) == ["vm1"]
+    assert path.read_bytes() == FORMER
+
+
+@needs_root
+def test_a_file_that_he_could_not_read_is_not_taken_over(directory: Path) -> None:
+    path = directory / "vm1"
+    path.write_bytes(FORMER)
+    path.chmod(0o600)
+    with pytest.raises(PermissionError):
+        target_for(path, SOMEBODY)
+    assert names(directory) == ["vm1"]
+
+
+@needs_root
+def test_a_leftover_of_somebody_else_stays(directory: Path) -> None:
+    (directory / LEFTOVER).write_bytes(b"root's")
+    target_for(directory / "vm1", SOMEBODY).discard()
+    assert names(directory) == [LEFTOVER]
