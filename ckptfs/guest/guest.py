@@ -226,10 +226,18 @@ class Guest:
 
     async def _gather(self, block: GuestBlock, start: int, stop: int) -> memoryview:
         """Return pages [start, stop) from wherever they are, as they are when this returns."""
-        segment = block.stack.locate(start, stop)
-        if segment.stop == stop and isinstance(segment.source, Layer):
-            return segment.source.view(start, stop)
-        data = await self._fetch(block, start, stop)
+        base: Base | None
+        while True:
+            segments = list(block.stack.segments(start, stop))
+            if len(segments) == 1 and isinstance(segments[0].source, Layer):
+                return segments[0].source.view(start, stop)
+            base = self.base
+            if any(segment.source is Content.BASE for segment in segments):
+                data = await self._fetch(block, start, stop)
+            else:
+                data = memoryview(bytes((stop - start) * self.page_size))
+            if self.base is base:
+                break  # otherwise a save put a new base in its place, with all that was written above the former
         held = [
             (segment.start - start, segment.source.view(segment.start, segment.stop))
             for segment in block.stack.segments(start, stop)

@@ -177,17 +177,17 @@ class Mounted:
         assert not unannounced, "logged unannounced:\n" + "\n".join(unannounced)
 
     def clean_up(self) -> None:
-        """Leave nothing behind, however the test ended; if it left the mount in order, that has to end in order."""
-        if not self._ended and self._alive():
-            try:
+        """Leave nothing behind, however the test ended; a mount that it left has to end in order."""
+        try:
+            if not self._ended:
+                assert self._alive(), f"{self.path}: the daemon has died; its log:\n{self.log.read_text()}"
                 self.umount()
-            finally:
-                self._break()
-        elif not self._ended:
-            self.wait()
-            raise AssertionError(f"{self.path}: the daemon has died; its log:\n{self.log.read_text()}")
-        while is_mounted(self.path):
-            subprocess.run(["umount", "--lazy", self.path], check=True, timeout=DEADLINE)
+        finally:
+            self._break()
+            while is_mounted(self.path):
+                subprocess.run(["umount", "--lazy", self.path], check=True, timeout=DEADLINE)
+            if not self._ended:
+                self.wait()
 
     def _alive(self) -> bool:
         poll = select.poll()

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import mmap
 import os
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -127,14 +128,21 @@ def test_migrate_in_json(fresh: Mounted, tmp_path: Path) -> None:
 def test_stop_holds_writers_back_until_cont(fresh: Mounted) -> None:
     fresh.ctl("stop")
     assert fresh.status()["writers"] == "stopped"
-    with (fresh.ram / "pc.ram").open("r+b", buffering=0) as file, ThreadPoolExecutor() as threads:
-        written = threads.submit(os.pwrite, file.fileno(), b"written", 0)
-        assert os.pread(file.fileno(), 7, 4096) == bytes(7)  # readers go on
-        with pytest.raises(TimeoutError):
-            written.result(0.2)
-        fresh.ctl("cont")
+    path = fresh.ram / "pc.ram"
+    with (
+        path.open("r+b", buffering=0) as writer,
+        path.open("rb", buffering=0) as reader,
+        ThreadPoolExecutor() as threads,
+    ):
+        written = threads.submit(os.pwrite, writer.fileno(), b"written", 0)
+        try:
+            assert os.pread(reader.fileno(), 7, 4096) == bytes(7)  # readers go on
+            with pytest.raises(TimeoutError):
+                written.result(0.2)
+        finally:
+            fresh.ctl("cont")
         assert written.result(DEADLINE) == 7
-        assert os.pread(file.fileno(), 7, 0) == b"written"
+        assert os.pread(reader.fileno(), 7, 0) == b"written"
 
 
 def test_an_empty_mount_is_filled(mount: Mount, tmp_path: Path) -> None:
@@ -166,6 +174,14 @@ def test_restore_makes_the_file_unneeded(mount: Mount, tmp_path: Path) -> None:
     path.write_bytes(b"")
     assert (mounted.ram / "pc.ram").read_bytes() == ram
     assert mounted.status()["checkpoint-pages"] == 0
+    # One read of restored, written and zero pages, past the kernel's cache.
+    fd = os.open(mounted.ram / "pc.ram", os.O_RDWR | os.O_DIRECT)
+    page, whole = mmap.mmap(-1, 4096), mmap.mmap(-1, len(ram))
+    page[:7] = b"written"
+    os.pwritev(fd, [page], 8 * 4096)
+    assert os.preadv(fd, [memoryview(whole)[: 1 << 20]], 0) == 1 << 20
+    os.close(fd)
+    assert whole[: 1 << 20] == ram[: 8 * 4096] + page[:] + ram[9 * 4096 : 1 << 20]
 
 
 def test_prefetch_warms_what_it_is_told_to(mount: Mount, tmp_path: Path) -> None:

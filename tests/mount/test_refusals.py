@@ -2,6 +2,7 @@
 
 import os
 import struct
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,12 +23,14 @@ def refused(spec: str | Path, directory: Path, *options: str, code: int = MOUNT_
     """Mount, see that it was refused in one line, and return that."""
     directory.mkdir(exist_ok=True)
     result = run_mount(spec, directory, *options)
+    if is_mounted(directory):
+        subprocess.run(["umount", directory], check=True)
+        raise AssertionError(f"{spec} was mounted")
     assert result.returncode == code, result.stderr
     assert result.stdout == ""
     assert result.stderr.startswith("mount.ckptfs: ")
     assert result.stderr.endswith("\n")
     assert result.stderr.count("\n") == 1, result.stderr
-    assert not is_mounted(directory)
     return result.stderr
 
 
@@ -64,9 +67,8 @@ def test_a_file_that_lies(mark: str, data: bytes, text: str, tmp_path: Path) -> 
         (b"", "at byte 0x0: "),
         (b"junk" * 1000, "at byte 0x0: Not a migration stream"),
         (bytes(100), "at byte 0x0: "),
-        (MigrationFile(capabilities=()).data(), "not mapped-ram"),
     ],
-    ids=["empty", "junk", "zeros", "plain stream"],
+    ids=["empty", "junk", "zeros"],
 )
 def test_no_checkpoint(content: bytes, text: str, tmp_path: Path) -> None:
     path = tmp_path / "file"
