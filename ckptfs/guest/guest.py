@@ -618,22 +618,23 @@ class Guest:
                 "start QEMU with the arguments that `ckptfs qemu-args` prints",
                 errno.EPERM,
             )
-        pages = [
-            (
-                idstr,
-                run.start,
-                bytes(data[(run.start - start) * self.page_size : (run.stop - start) * self.page_size]),
-            )
-            for idstr, block in self.blocks.items()
-            if idstr not in left_out
-            for with_data in [block.stack.with_data()]
-            for start, stop in page_windows(with_data, self.page_size)
-            for data in [await self.read(block, start * self.page_size, (stop - start) * self.page_size)]
-            for run in with_data.runs(start, stop)
-        ]
+        inside = [block for idstr, block in self.blocks.items() if idstr not in left_out]
+        pages = [run for block in inside for run in await self._runs(block)]
         stream = vmstate_stream(self.base.checkpoint, left_out, pages, self.base.setup, self.base.device_state)
         self.machine_ran = self.machine_ran or bool(users.maps_shared)
         return stream
+
+    async def _runs(self, block: GuestBlock) -> list[tuple[str, int, bytes]]:
+        """All pages of a block that hold data, in runs: idstr, first page, bytes."""
+        with_data = block.stack.with_data()
+        runs = []
+        for window in page_windows(with_data, self.page_size):
+            length = (window.stop - window.start) * self.page_size
+            data = await self.read(block, window.start * self.page_size, length)
+            for start, stop in with_data.runs(*window):
+                first, last = ((page - window.start) * self.page_size for page in (start, stop))
+                runs.append((block.idstr, start, bytes(data[first:last])))
+        return runs
 
     async def restore(self) -> str:
         """Bring in everything that only the checkpoint has; after that its file is not needed any more."""

@@ -7,24 +7,29 @@ import numpy.typing as npt
 
 from ckptfs.mapped_ram.bitmap import PagesBitmap, Run
 
-CHUNK_PAGES = 256
-"""Pages of one payload (1 MiB of 4 KiB pages); a multiple of 64: channels share no word of a bitmap."""
+WINDOW_LENGTH = 1 << 20
+"""Bytes of RAM that a payload carries at the most: 256 pages of 4 KiB."""
+
+_SEGMENT_PAGES = 1 << 18
 
 
-def page_chunks(pages: PagesBitmap) -> Iterator[tuple[Run, ...]]:
-    """Cut the set pages into chunks: the runs inside one aligned window of `CHUNK_PAGES`, in order."""
-    chunk: list[Run] = []
-    for run in pages.runs():
-        start = run.start
-        while start < run.stop:
-            stop = min(run.stop, (start // CHUNK_PAGES + 1) * CHUNK_PAGES)
-            if chunk and chunk[0].start // CHUNK_PAGES != start // CHUNK_PAGES:
-                yield tuple(chunk)
-                chunk = []
-            chunk.append(Run(start, stop))
-            start = stop
-    if chunk:
-        yield tuple(chunk)
+def page_windows(pages: PagesBitmap, page_size: int) -> Iterator[Run]:
+    """Cut a block into aligned windows of `WINDOW_LENGTH`, and give those with set pages.
+
+    Each reaches from its first set page to its last one. Windows share no byte of a bitmap.
+    """
+    width = WINDOW_LENGTH // page_size
+    for first in range(0, pages.page_count, _SEGMENT_PAGES):
+        stop = min(first + _SEGMENT_PAGES, pages.page_count)
+        if not pages.any(first, stop):
+            continue
+        bits = pages.expand(first, stop)
+        windows = np.pad(bits, (0, -bits.size % width)).reshape(-1, width)
+        used = np.flatnonzero(windows.any(axis=1))
+        windows = windows[used]
+        starts = first + used * width + windows.argmax(axis=1)
+        stops = first + (used + 1) * width - windows[:, ::-1].argmax(axis=1)
+        yield from map(Run, starts.tolist(), stops.tolist())
 
 
 def nonzero_pages(data: npt.NDArray[np.uint8], page_size: int) -> npt.NDArray[np.bool_]:

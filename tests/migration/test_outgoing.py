@@ -1,4 +1,4 @@
-"""The plan of a save: chunks, zero pages, runs."""
+"""The plan of a save: windows, zero pages, runs."""
 
 import itertools
 
@@ -9,36 +9,49 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from ckptfs.mapped_ram.bitmap import PagesBitmap, Run
-from ckptfs.migration.outgoing import CHUNK_PAGES, coalesce, nonzero_pages, page_chunks
+from ckptfs.migration.outgoing import WINDOW_LENGTH, coalesce, nonzero_pages, page_windows
 
 PAGE_SIZE = 4096
 
 
-@given(st.integers(1, 5 * CHUNK_PAGES).flatmap(lambda count: arrays(np.bool_, count)))
-def test_chunks_are_the_set_pages_in_aligned_windows(mask: np.ndarray) -> None:
+@given(
+    st.sampled_from([1024, 4096, 65536]),
+    st.integers(1, 3000).flatmap(lambda count: arrays(np.bool_, count, fill=st.just(False))),
+)
+def test_windows_hold_all_set_pages_and_begin_and_end_with_one(page_size: int, mask: np.ndarray) -> None:
     pages = PagesBitmap(len(mask))
     pages.set_mask(0, mask)
-    chunks = list(page_chunks(pages))
-    listed = np.zeros(len(mask), dtype=np.bool_)
-    for chunk in chunks:
-        windows = {page // CHUNK_PAGES for run in chunk for page in (run.start, run.stop - 1)}
-        assert len(windows) == 1
-        for start, stop in chunk:
-            assert not listed[start:stop].any()
-            listed[start:stop] = True
-    assert (listed == mask).all()
-    assert [chunk[0].start // CHUNK_PAGES for chunk in chunks] == sorted({*(np.flatnonzero(mask) // CHUNK_PAGES)})
-    assert CHUNK_PAGES % 64 == 0
+    width = WINDOW_LENGTH // page_size
+    rest = mask.copy()
+    windows = list(page_windows(pages, page_size))
+    for start, stop in windows:
+        assert mask[start]
+        assert mask[stop - 1]
+        assert start // width == (stop - 1) // width
+        rest[start:stop] = False
+    assert not rest.any()
+    numbers = [start // width for start, _ in windows]
+    assert numbers == sorted(set(numbers))
+    assert width % 8 == 0
 
 
-def test_no_pages_are_no_chunks() -> None:
-    assert list(page_chunks(PagesBitmap(1000))) == []
+def test_windows_of_a_large_block() -> None:
+    pages = PagesBitmap(3 << 20)
+    for page in (5, (1 << 20) - 1, 1 << 20, (3 << 20) - 1):
+        pages.set(page, page + 1)
+    single = [Run(page, page + 1) for page in (5, (1 << 20) - 1, 1 << 20, (3 << 20) - 1)]
+    assert list(page_windows(pages, PAGE_SIZE)) == single
+
+
+def test_no_pages_are_no_windows() -> None:
+    assert list(page_windows(PagesBitmap(1000), PAGE_SIZE)) == []
+    assert list(page_windows(PagesBitmap(0), PAGE_SIZE)) == []
 
 
 def test_a_huge_block_costs_nothing_until_asked() -> None:
     pages = PagesBitmap(1 << 30)
     pages.set(0, 1 << 30)
-    assert next(page_chunks(pages)) == (Run(0, CHUNK_PAGES),)
+    assert next(page_windows(pages, PAGE_SIZE)) == Run(0, 256)
 
 
 @given(st.lists(st.none() | st.tuples(st.integers(0, PAGE_SIZE - 1), st.integers(1, 255)), max_size=20))
