@@ -1,10 +1,11 @@
 """Every system call of a save, a restore, a mount fails in its turn: nothing is left over, and all goes on.
 
-After each failure the daemon has the descriptors and the layers of RAM that it had before, no more threads than work
-that succeeds needs, the former checkpoint is whole, no temporary file is left, and the next command works.
+After each failure the daemon has the descriptors and the layers of RAM that it had before, no more threads than
+work that succeeds needs, the former checkpoint is whole, no temporary file is left, and the next command works.
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 
 from tests.control.faults import failing
 from tests.control.footprint import footprint, thread_count
+from tests.doubles.migration_file import Block, MigrationFile
 from tests.mount.conftest import Mount
 from tests.mount.decode import PAGE, decode
 from tests.mount.harness import Mounted
@@ -133,3 +135,106 @@ def test_a_save_in_which_a_call_fails(call: str, error: str, guest: Guest) -> No
         assert footprint(guest.pid) == before
         guest.assert_saved()
         former = guest.path.read_bytes()
+
+
+@pytest.mark.parametrize(("call", "error"), [("copy_file_range", "EIO"), ("openat", "EIO"), ("pread64", "EIO")])
+def test_a_save_behind_a_prefix_in_which_a_call_fails(call: str, error: str, guest: Guest) -> None:
+    mounted = guest.mounted
+    prefix = b"prefix " * 1000
+    path = guest.directory / "with prefix"
+    path.write_bytes(prefix)
+    command = f"save 'file:{path},offset={len(prefix)}'"
+    mounted.ctl(command)
+    guest.path.unlink()
+    before = footprint(guest.pid)
+    for noticed in guest.failures(command, call, error):
+        assert noticed is None or noticed.strerror.startswith(f"error: {path}: ")
+        assert footprint(guest.pid) == before
+        assert os.listdir(guest.directory) == [path.name]
+        assert path.read_bytes()[: len(prefix)] == prefix
+        assert decode(path, len(prefix)).blocks["pc.ram"].tobytes() == guest.ram["pc.ram"]
+
+
+@pytest.mark.parametrize(("call", "error"), [("fsync", "EIO")])
+def test_a_save_whose_name_may_be_lost_is_an_error(call: str, error: str, guest: Guest) -> None:
+    # The directory could not be synced after the rename: the new checkpoint is there, but a power cut may take it.
+    before = sum(footprint(guest.pid).descriptors.values()), footprint(guest.pid).layers
+    for noticed in guest.failures("save", call, error):
+        assert noticed is not None
+        guest.assert_saved()
+        assert (sum(footprint(guest.pid).descriptors.values()), footprint(guest.pid).layers) == before
+        guest.assert_ram()
+        guest.write(0, PAGE)
+    guest.assert_saved()
+
+
+@pytest.mark.parametrize(
+    ("call", "error"), [("preadv2", "EIO"), ("preadv2", "EINTR"), ("memfd_create", "EMFILE"), ("ftruncate", "ENOMEM")]
+)
+def test_a_restore_in_which_a_call_fails(call: str, error: str, guest: Guest) -> None:
+    if (call, error) == ("preadv2", "EIO"):
+        guest.mounted.expect_log(r"page\(s\) .* can't be read from the checkpoint")
+    before = footprint(guest.pid)
+    held = Counter({f"/memfd:ckptfs:{idstr} (deleted)": 1 for idstr in BLOCKS})
+    for noticed in guest.failures("restore", call, error):
+        after = footprint(guest.pid)
+        # What was restored stays, so that it need not be read again: one layer a block, however often it fails.
+        assert after.layers - before.layers <= held
+        assert {name for name in after.descriptors - before.descriptors} <= set(held)
+        assert thread_count(guest.pid) <= THREADS
+        guest.assert_ram()
+        if noticed is None:
+            break  # it was tried again, and all is restored
+    guest.mounted.ctl("restore")
+    assert guest.mounted.status()["restored"] is True
+    after = footprint(guest.pid)
+    assert after.layers - before.layers == held
+    assert str(guest.path) not in after.descriptors
+    guest.assert_ram()
+
+
+def test_a_reset_that_fails_drops_nothing(guest: Guest) -> None:
+    guest.mounted.ctl("save")
+    saved = {idstr: bytearray(ram) for idstr, ram in guest.ram.items()}
+    before = footprint(guest.pid)
+    guest.write(3 * PAGE, 5 * PAGE)
+    for noticed in guest.failures("reset", "memfd_create", "EMFILE"):
+        assert noticed is not None
+        assert footprint(guest.pid) == before
+        assert guest.mounted.status()["written-pages"] == 5
+        guest.assert_ram()
+    assert guest.mounted.status()["written-pages"] == 0
+    assert footprint(guest.pid) == before
+    guest.ram = saved
+    guest.assert_ram()
+
+
+@pytest.mark.parametrize(
+    ("call", "error"),
+    [("openat", "EMFILE"), ("lseek", "EIO"), ("pread64", "EIO"), ("memfd_create", "EMFILE"), ("newfstatat", "EIO")],
+)
+def test_an_empty_mount_that_can_not_be_filled_stays_empty(
+    call: str, error: str, mount: Mount, tmp_path: Path
+) -> None:
+    path = tmp_path / "checkpoint"
+    MigrationFile(blocks=[Block("pc.ram", 512, {3: b"third"}), Block("vga.vram", 16, {1: b"vga"})]).write(path)
+    command = f"migrate_incoming file:{path}"
+    for when in count(1):
+        mounted = mount("none") if when == 1 else mounted
+        before = footprint(mounted.pid)
+        with failing(mounted.pid, tmp_path / "strace", call, error, when) as injected:
+            try:
+                mounted.ctl(command)
+                noticed = False
+            except OSError as problem:
+                named = f"{path}: " if call != "memfd_create" else ""
+                assert problem.strerror.startswith(f"error: {named}")
+                noticed = True
+        if not noticed:
+            break
+        assert injected.calls
+        assert footprint(mounted.pid) == before
+        assert list(mounted.ram.iterdir()) == []
+        assert mounted.status()["base"] is None
+    assert when > 1
+    assert (mounted.ram / "pc.ram").read_bytes()[3 * PAGE :].startswith(b"third")
