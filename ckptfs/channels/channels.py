@@ -83,12 +83,11 @@ class Channels:
         Raises what the payload raises, and StorageError (EIO) when the backing storage gives no answer
         before the deadline: the thread is then left to itself and its channel is out of service until it ends.
         """
-        try:
-            with trio.fail_after(self._deadline):
-                channel = await self._next_idle(urgent)
-                return await self._run(payload, channel)
-        except trio.TooSlowError:
-            raise StorageError(f"the backing storage gave no answer in {self._deadline:g} s") from None
+        # trio.fail_after says the same, and costs several times as much for every read
+        with trio.CancelScope(deadline=trio.current_time() + self._deadline):
+            channel = await self._next_idle(urgent)
+            return await self._run(payload, channel)
+        raise StorageError(f"the backing storage gave no answer in {self._deadline:g} s")
 
     async def _run(self, payload: Callable[[Channel], T], channel: Channel) -> T:
         trio_token = trio.lowlevel.current_trio_token()

@@ -17,6 +17,9 @@ SEGMENT_WORDS = 1 << 14
 """Runs are looked for in segments of this many words: 128 KiB of bitmap, 1 Mi pages."""
 
 
+_FEW_PAGES = 256
+
+
 class Run(NamedTuple):
     """Pages ``start`` up to but not including ``stop``."""
 
@@ -178,6 +181,9 @@ class PagesBitmap:
         """
         stop = self.page_count if stop is None else stop
         self._check(start, stop)
+        if stop - start <= _FEW_PAGES:
+            yield from self._few_runs(start, stop)
+            return
         run_start = -1  # the start of a run that reaches into the segment at hand
         for first in range(start // 64, (stop + 63) // 64, SEGMENT_WORDS):
             last = min(first + SEGMENT_WORDS, (stop + 63) // 64)
@@ -197,6 +203,14 @@ class PagesBitmap:
                     run_start = -1
         if run_start >= 0:
             yield Run(run_start, stop)
+
+    def _few_runs(self, start: int, stop: int) -> Iterator[Run]:
+        """The runs in a window as small as one read: a step for each costs less than a pass of numpy."""
+        while start < stop:
+            is_set, end = self.run_at(start, stop)
+            if is_set:
+                yield Run(start, end)
+            start = end
 
     def expand(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
         """A fresh array of ``stop - start`` bytes: 1 for a set page, 0 for a clear one."""
