@@ -4,7 +4,13 @@ import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
+
+from tests.mount.harness import Mounted
+
+CALLS_MAX = 60
+"""No command on a guest of a few MiB makes more calls of one kind than that."""
 
 _ATTACHED = re.compile(r"strace: Process \d+ attached")
 
@@ -39,3 +45,24 @@ def failing(pid: int, log: Path, call: str, error: str, when: int) -> Iterator[I
         finally:
             process.terminate()
             process.communicate()
+
+
+def failures(mounted: Mounted, log: Path, command: str, call: str, error: str) -> Iterator[OSError | None]:
+    """Run `command` again and again while the 1st, 2nd, ... `call` of each thread of the daemon fails with `error`.
+
+    Gives the command's error each time, None if the failure did not matter to it; ends when there is no such call
+    any more.
+    """
+    for when in count(1):
+        assert when < CALLS_MAX
+        noticed = None
+        with failing(mounted.pid, log, call, error, when) as injected:
+            try:
+                mounted.ctl(command)
+            except OSError as problem:
+                noticed = problem
+        if not injected.calls:
+            assert noticed is None
+            assert when > 1, f"{command} makes no call of {call}"
+            return
+        yield noticed

@@ -7,13 +7,12 @@ work that succeeds needs, the former checkpoint is whole, no temporary file is l
 import os
 from collections import Counter
 from collections.abc import Iterator
-from itertools import count
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.control.faults import failing
+from tests.control.faults import failures
 from tests.control.footprint import footprint, thread_count
 from tests.doubles.migration_file import Block, MigrationFile
 from tests.mount.conftest import Mount
@@ -25,8 +24,6 @@ CHANNELS = 2
 THREADS = 1 + 2 * CHANNELS + 2
 """The daemon's main thread, those of the channels of a base and of a target, and what else runs beside them."""
 BLOCKS = {"pc.ram": 2 * MiB, "vga.vram": MiB}
-CALLS_MAX = 60
-"""A save of so little RAM makes fewer calls of one kind than that."""
 
 
 class Guest:
@@ -57,23 +54,8 @@ class Guest:
         self.ram["pc.ram"][block_offset : block_offset + length] = data
 
     def failures(self, command: str, call: str, error: str) -> Iterator[OSError | None]:
-        """Run `command` again and again while the 1st, 2nd, ... `call` of each thread fails with `error`.
-
-        Gives the command's error, if it noticed the failure, each time; ends when there is no such call any more.
-        """
-        for when in count(1):
-            assert when < CALLS_MAX
-            noticed = None
-            with failing(self.pid, self._log, call, error, when) as injected:
-                try:
-                    self.mounted.ctl(command)
-                except OSError as problem:
-                    noticed = problem
-            if not injected.calls:
-                assert noticed is None
-                assert when > 1, f"{command} makes no call of {call}"
-                return
-            yield noticed
+        """See `faults.failures`."""
+        return failures(self.mounted, self._log, command, call, error)
 
     def assert_saved(self) -> None:
         """See that the checkpoint is whole and holds what was written, and that nothing lies beside it."""
@@ -169,7 +151,8 @@ def test_a_save_whose_name_may_be_lost_is_an_error(call: str, error: str, guest:
 
 
 @pytest.mark.parametrize(
-    ("call", "error"), [("preadv2", "EIO"), ("preadv2", "EINTR"), ("memfd_create", "EMFILE"), ("ftruncate", "ENOMEM")]
+    ("call", "error"),
+    [("preadv2", "EIO"), ("preadv2", "EINTR"), ("memfd_create", "EMFILE"), ("ftruncate", "ENOMEM")],
 )
 def test_a_restore_in_which_a_call_fails(call: str, error: str, guest: Guest) -> None:
     if (call, error) == ("preadv2", "EIO"):
@@ -180,7 +163,7 @@ def test_a_restore_in_which_a_call_fails(call: str, error: str, guest: Guest) ->
         after = footprint(guest.pid)
         # What was restored stays, so that it need not be read again: one layer a block, however often it fails.
         assert after.layers - before.layers <= held
-        assert {name for name in after.descriptors - before.descriptors} <= set(held)
+        assert set(after.descriptors - before.descriptors) <= set(held)
         assert thread_count(guest.pid) <= THREADS
         guest.assert_ram()
         if noticed is None:
@@ -218,23 +201,13 @@ def test_an_empty_mount_that_can_not_be_filled_stays_empty(
 ) -> None:
     path = tmp_path / "checkpoint"
     MigrationFile(blocks=[Block("pc.ram", 512, {3: b"third"}), Block("vga.vram", 16, {1: b"vga"})]).write(path)
-    command = f"migrate_incoming file:{path}"
-    for when in count(1):
-        mounted = mount("none") if when == 1 else mounted
-        before = footprint(mounted.pid)
-        with failing(mounted.pid, tmp_path / "strace", call, error, when) as injected:
-            try:
-                mounted.ctl(command)
-                noticed = False
-            except OSError as problem:
-                named = f"{path}: " if call != "memfd_create" else ""
-                assert problem.strerror.startswith(f"error: {named}")
-                noticed = True
-        if not noticed:
-            break
-        assert injected.calls
+    mounted = mount("none")
+    before = footprint(mounted.pid)
+    for noticed in failures(mounted, tmp_path / "strace", f"migrate_incoming file:{path}", call, error):
+        if noticed is None:
+            break  # a call that does not matter
+        assert noticed.strerror.startswith("error: " if call == "memfd_create" else f"error: {path}: ")
         assert footprint(mounted.pid) == before
         assert list(mounted.ram.iterdir()) == []
         assert mounted.status()["base"] is None
-    assert when > 1
     assert (mounted.ram / "pc.ram").read_bytes()[3 * PAGE :].startswith(b"third")
