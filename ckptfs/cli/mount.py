@@ -146,7 +146,7 @@ def _is_there(spec: SeekableAddress, options: MountOptions) -> bool:
     """
     if isinstance(spec, FdAddress) or spec.fdset_id is not None:
         return not options.ram
-    exists = os.path.lexists(spec.filename)
+    exists = _exists(spec.filename)
     if exists and options.ram:
         raise CommandError(
             f"{spec.filename}: is there already; mount it without ram=, or give a new guest another file",
@@ -159,6 +159,15 @@ def _is_there(spec: SeekableAddress, options: MountOptions) -> bool:
             errno.ENOENT,
         )
     return exists
+
+
+def _exists(path: str) -> bool:
+    """As os.path.lexists, but what can't be looked at is an error: there may be a checkpoint."""
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def _check_mount_point(directory: str) -> None:

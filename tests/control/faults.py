@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 
-from tests.mount.harness import Mounted
+from tests.mount.harness import DEADLINE, Mounted
 
 CALLS_MAX = 60
 """No command on a guest of a few MiB makes more calls of one kind than that."""
@@ -45,6 +45,22 @@ def failing(pid: int, log: Path, call: str, error: str, when: int) -> Iterator[I
         finally:
             process.terminate()
             process.communicate()
+
+
+def run_failing(
+    log: Path, call: str, error: str, when: int, *command: str | Path, path: Path | None = None
+) -> tuple[subprocess.CompletedProcess[str], Injected]:
+    """Run a command to its end, in which call number ``when`` of ``call`` fails; on ``path`` alone, if given."""
+    injection = f"inject={call}:error={error}:when={when}"
+    only = [] if path is None else ["-P", path]
+    result = subprocess.run(
+        ["strace", "-f", *only, "-o", log, "-e", f"trace={call}", "-e", injection, *command],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE,
+    )
+    return result, Injected(log)
 
 
 def failures(mounted: Mounted, log: Path, command: str, call: str, error: str) -> Iterator[OSError | None]:

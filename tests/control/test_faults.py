@@ -4,22 +4,25 @@ After each failure the daemon has the descriptors and the layers of RAM that it 
 work that succeeds needs, the former checkpoint is whole, no temporary file is left, and the next command works.
 """
 
+import errno
 import os
 from collections import Counter
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.control.faults import failures
+from tests.control.faults import failures, run_failing
 from tests.control.footprint import footprint, thread_count
 from tests.doubles.migration_file import Block, MigrationFile
 from tests.mount.conftest import Mount
 from tests.mount.decode import PAGE, decode
-from tests.mount.harness import Mounted
+from tests.mount.harness import BIN, Mounted, is_mounted
 
 MiB = 1 << 20
+SYSTEM, MOUNT_FAILURE = 2, 32
 CHANNELS = 2
 THREADS = 1 + 2 * CHANNELS + 2
 """The daemon's main thread, those of the channels of a base and of a target, and what else runs beside them."""
@@ -211,3 +214,33 @@ def test_an_empty_mount_that_can_not_be_filled_stays_empty(
         assert list(mounted.ram.iterdir()) == []
         assert mounted.status()["base"] is None
     assert (mounted.ram / "pc.ram").read_bytes()[3 * PAGE :].startswith(b"third")
+
+
+@pytest.mark.parametrize(
+    ("call", "error"), [("openat", "EMFILE"), ("newfstatat", "EIO"), ("lseek", "EIO"), ("pread64", "EIO")]
+)
+def test_a_mount_in_which_a_call_on_the_checkpoint_fails(call: str, error: str, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    MigrationFile(blocks=[Block("pc.ram", 512, {3: b"third"}), Block("vga.vram", 16, {1: b"vga"})]).write(path)
+    directory = tmp_path / "mnt"
+    directory.mkdir()
+    command = (BIN / "mount.ckptfs", "-f", path, directory)  # -f: all but mounting
+    for when in count(1):
+        result, injected = run_failing(tmp_path / "strace", call, error, when, *command, path=path)
+        if not injected.calls:
+            break
+        assert result.returncode == MOUNT_FAILURE
+        assert result.stderr == f"mount.ckptfs: {path}: {os.strerror(getattr(errno, error))}\n"
+    assert (result.returncode, result.stderr) == (0, "")
+    assert when > 1
+
+
+def test_a_mount_that_the_kernel_refuses(tmp_path: Path) -> None:
+    directory = tmp_path / "mnt"
+    directory.mkdir()
+    command = (BIN / "mount.ckptfs", "none", directory, "-o", f"log={tmp_path / 'log'}")
+    result, injected = run_failing(tmp_path / "strace", "mount", "EPERM", 1, *command)
+    assert injected.calls
+    assert result.returncode == SYSTEM
+    assert result.stderr.splitlines()[-1].startswith(f"mount.ckptfs: {directory}: ")
+    assert not is_mounted(directory)
