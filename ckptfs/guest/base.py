@@ -26,12 +26,20 @@ log = logging.getLogger(__name__)
 
 
 class BadPagesError(StorageError):
-    """Pages that are in the checkpoint can't be read; ``pages`` are their numbers in block ``idstr``."""
+    """Pages that are in the checkpoint can't be read; ``pages`` are their numbers in block ``idstr``.
 
-    def __init__(self, idstr: str, pages: list[int], reason: str) -> None:
-        super().__init__(f"{idstr}: page {', '.join(map(str, pages[:8]))} can't be read: {reason}", errno.EIO)
+    ``data``, if it is there, is all that was asked for, and sound but for these pages.
+    """
+
+    def __init__(self, idstr: str, bad: dict[int, str], data: memoryview | None = None) -> None:
+        """``bad`` says of each page why."""
+        pages = list(bad)
+        super().__init__(
+            f"{idstr}: page {', '.join(map(str, pages[:8]))} can't be read: {bad[pages[0]]}", errno.EIO
+        )
         self.idstr = idstr
         self.pages = pages
+        self.data = data
 
 
 @dataclass(frozen=True)
@@ -46,13 +54,26 @@ class BaseOptions:
 
 @dataclass
 class _Fetch:
-    """A read that is under way; readers of the same pages wait for it together."""
+    """A read that is under way; readers of the same pages wait for it together.
+
+    When it has ended with neither ``data`` nor ``error``, it was cancelled. ``bad`` says of bad pages why.
+    """
 
     start: int
     stop: int
     ended: trio.Event = field(default_factory=trio.Event)
     data: memoryview | None = None
+    bad: dict[int, str] = field(default_factory=dict)
     error: CkptfsError | OSError | None = None
+
+    def part(self, idstr: str, start: int, stop: int, page_size: int) -> memoryview:
+        """Return pages [start, stop) of it; BadPagesError if any of them is bad."""
+        assert self.data is not None
+        data = self.data[(start - self.start) * page_size : (stop - self.start) * page_size]
+        bad = {page: reason for page, reason in self.bad.items() if start <= page < stop}
+        if bad:
+            raise BadPagesError(idstr, bad, data)
+        return data
 
 
 class Base:
@@ -99,46 +120,49 @@ class Base:
         One I/O for each run of pages, all on one channel; a reader of pages that somebody is reading already
         waits for him. Raises BadPagesError for pages that can't be read, StorageError if the base was closed.
         """
-        for fetch in self._in_flight[idstr]:
-            if fetch.start <= start and stop <= fetch.stop:
-                await fetch.ended.wait()
-                if fetch.error is not None:
-                    raise fetch.error
-                assert fetch.data is not None
-                return fetch.data[(start - fetch.start) * page_size : (stop - fetch.start) * page_size]
+        while (shared := self._under_way(idstr, start, stop)) is not None:
+            await shared.ended.wait()
+            if shared.error is not None:
+                raise shared.error
+            if shared.data is not None:
+                return shared.part(idstr, start, stop, page_size)
         fetch = _Fetch(start, stop)
         self._in_flight[idstr].append(fetch)
         try:
-            fetch.data = await self._read(idstr, start, stop, page_size, urgent)
-            return fetch.data
+            fetch.data, fetch.bad = await self._read(idstr, start, stop, page_size, urgent)
         except (CkptfsError, OSError) as error:
             fetch.error = error
-            raise
-        except trio.Cancelled:
-            fetch.error = StorageError("the reader before was cancelled", errno.EINTR)
             raise
         finally:
             self._in_flight[idstr].remove(fetch)
             fetch.ended.set()
+        return fetch.part(idstr, start, stop, page_size)
 
-    async def _read(self, idstr: str, start: int, stop: int, page_size: int, urgent: bool) -> memoryview:
+    def _under_way(self, idstr: str, start: int, stop: int) -> _Fetch | None:
+        """A read of all these pages that somebody waits for."""
+        return next((x for x in self._in_flight[idstr] if x.start <= start and stop <= x.stop), None)
+
+    async def _read(
+        self, idstr: str, start: int, stop: int, page_size: int, urgent: bool
+    ) -> tuple[memoryview, dict[int, str]]:
         block = self.blocks[idstr]
         buffer = self._buffers.take((stop - start) * page_size)
         runs = list(block.file_bmap.runs(start, stop))
+        bad: dict[int, str] = {}
 
         def read_runs(channel: Channel) -> None:
             position = start
             for run in runs:
                 _zero(buffer, (position - start) * page_size, (run.start - start) * page_size)
                 part = buffer[(run.start - start) * page_size : (run.stop - start) * page_size]
-                _read_run(channel, part, idstr, block.pages, run, page_size)
+                bad.update(_read_run(channel, part, idstr, block.pages, run, page_size))
                 position = run.stop
             _zero(buffer, (position - start) * page_size, len(buffer))
 
         await block.pages.channels.carry(read_runs, urgent=urgent)
         self.read_count += len(runs)
         self.bytes_read += sum(run.stop - run.start for run in runs) * page_size
-        return buffer
+        return buffer, bad
 
     async def read_into(
         self, idstr: str, runs: Sequence[Run], view: Callable[[int, int], memoryview], page_size: int
@@ -151,7 +175,9 @@ class Base:
 
         def read_runs(channel: Channel) -> None:
             for run in runs:
-                _read_run(channel, view(*run), idstr, pages, run, page_size)
+                bad = _read_run(channel, view(*run), idstr, pages, run, page_size)
+                if bad:
+                    raise BadPagesError(idstr, bad)
 
         await pages.channels.carry(read_runs, urgent=False)
         self.read_count += len(runs)
@@ -212,25 +238,30 @@ def _shared_block(block: RAMBlock, options: BaseOptions, undo: contextlib.ExitSt
     return BaseBlock(all_pages, MappedPages(channels, 0, block.page_size))
 
 
-def _read_run(channel: Channel, part: memoryview, idstr: str, pages: PageSource, run: Run, page_size: int) -> None:
+def _read_run(
+    channel: Channel, part: memoryview, idstr: str, pages: PageSource, run: Run, page_size: int
+) -> dict[int, str]:
+    """Read a run into ``part``; return the pages for which that failed, and why."""
     try:
         pages.read(channel, part, run)
     except (OSError, CkptfsError) as error:
-        bad = _bad_pages(channel, part, pages, run, page_size)
-        log.error("%s: page(s) %s can't be read from the checkpoint: %s", idstr, bad, error)
-        raise BadPagesError(idstr, bad, str(error)) from error
+        reason = str(error)
+        bad = _bad_pages(channel, part, pages, run, page_size) or dict.fromkeys(range(*run), reason)
+        log.error("%s: page(s) %s can't be read from the checkpoint: %s", idstr, list(bad), reason)
+        return bad
+    return {}
 
 
-def _bad_pages(channel: Channel, part: memoryview, pages: PageSource, run: Run, page_size: int) -> list[int]:
+def _bad_pages(channel: Channel, part: memoryview, pages: PageSource, run: Run, page_size: int) -> dict[int, str]:
     """Find out which pages of a failed read are the bad ones (a loop over the pages of one failed request)."""
-    bad = []
+    bad = {}
     for page in range(run.start, run.stop):
         at = (page - run.start) * page_size
         try:
             pages.read(channel, part[at : at + page_size], Run(page, page + 1))
-        except (OSError, CkptfsError):
-            bad.append(page)
-    return bad or list(range(run.start, run.stop))
+        except (OSError, CkptfsError) as error:
+            bad[page] = str(error)
+    return bad
 
 
 def _zero(buffer: memoryview, start: int, stop: int) -> None:

@@ -226,18 +226,15 @@ class Guest:
 
     async def _gather(self, block: GuestBlock, start: int, stop: int) -> memoryview:
         """Return pages [start, stop) from wherever they are, as they are when this returns."""
-        base: Base | None
-        while True:
+        data: memoryview | None = None
+        while data is None:
             segments = list(block.stack.segments(start, stop))
             if len(segments) == 1 and isinstance(segments[0].source, Layer):
                 return segments[0].source.view(start, stop)
-            base = self.base
             if any(segment.source is Content.BASE for segment in segments):
                 data = await self._fetch(block, start, stop)
             else:
                 data = memoryview(bytes((stop - start) * self.page_size))
-            if self.base is base:
-                break  # otherwise a save put a new base in its place, with all that was written above the former
         held = [
             (segment.start - start, segment.source.view(segment.start, segment.stop))
             for segment in block.stack.segments(start, stop)
@@ -250,28 +247,39 @@ class Guest:
             pages[page * self.page_size : page * self.page_size + len(view)] = view
         return pages
 
-    async def _fetch(self, block: GuestBlock, start: int, stop: int) -> memoryview:
-        """Return pages [start, stop) as the base has them, zeros where it has none."""
-        while (base := self.base) is not None and block.stack.base is not None:
-            try:
-                self.waiting_readers += 1
-                try:
-                    data = await base.fetch(block.idstr, start, stop, self.page_size, urgent=True)
-                finally:
-                    self.waiting_readers -= 1
-            except BadPagesError as error:
-                self._note_bad_pages(error)
-                raise
-            except StorageError:
-                if self.base is base:
-                    raise
-                continue  # a save put a new base in its place meanwhile
-            for run in block.stack.base.file_bmap.runs(start, stop):
-                block.received.set(*run)
-            if self.first_byte_at is None:
-                self.first_byte_at = trio.current_time()
-            return data
-        return memoryview(bytes((stop - start) * self.page_size))
+    async def _fetch(self, block: GuestBlock, start: int, stop: int) -> memoryview | None:
+        """Return pages [start, stop) as the base has them, zeros where it has none.
+
+        None if the pages have to be looked for anew: a save put another base in its place meanwhile, with all
+        that was written above the former one, or a restore brought everything in and closed it.
+        """
+        base = self.base
+        assert base is not None
+        self.waiting_readers += 1
+        try:
+            data = await base.fetch(block.idstr, start, stop, self.page_size, urgent=True)
+        except StorageError as error:
+            if self.base is not base or self.restored:
+                return None
+            data = self._sound_data(block, error)
+        finally:
+            self.waiting_readers -= 1
+        if self.base is not base or block.stack.base is None:
+            return None
+        for run in block.stack.base.file_bmap.runs(start, stop):
+            block.received.set(*run)
+        if self.first_byte_at is None:
+            self.first_byte_at = trio.current_time()
+        return data
+
+    def _sound_data(self, block: GuestBlock, error: StorageError) -> memoryview:
+        """Return what a read gave in spite of ``error`` if all bad pages were written since, or raise it."""
+        if not isinstance(error, BadPagesError):
+            raise error
+        if error.data is None or any(block.stack.locate(x, x + 1).source is Content.BASE for x in error.pages):
+            self._note_bad_pages(error)
+            raise error
+        return error.data
 
     async def write(self, block: GuestBlock, block_offset: int, data: bytes) -> int:
         """Write ``data`` into RAM; return how much of it fitted before the end of the block.

@@ -16,7 +16,7 @@ import trio
 from ckptfs.channels.backing_file import BackingFile, DirectIO, pwrite_all
 from ckptfs.channels.buffers import AlignedBuffers
 from ckptfs.channels.channels import Channel, Channels
-from ckptfs.guest.base import Base
+from ckptfs.guest.base import BadPagesError, Base
 from ckptfs.guest.block import PageStack
 from ckptfs.guest.layer import Layer
 from ckptfs.mapped_ram.bitmap import PagesBitmap
@@ -179,21 +179,30 @@ async def read_window(
     for _, present in layers:
         in_base &= ~present
     if np.array_equal(in_base, window.mask):
-        return await _fetch(epoch, window.idstr, start, stop, page_size)
+        return await _fetch(epoch, window.idstr, start, in_base, page_size)
     data = np.frombuffer(buffers.take((stop - start) * page_size), np.uint8)
     pages = data.reshape(-1, page_size)
     if in_base.any():
         first, last = int(in_base.argmax()), in_base.size - int(in_base[::-1].argmax())
-        fetched = await _fetch(epoch, window.idstr, start + first, start + last, page_size)
+        fetched = await _fetch(epoch, window.idstr, start + first, in_base[first:last], page_size)
         pages[first:last] = fetched.reshape(-1, page_size)
     for layer, present in reversed(layers):
         pages[present] = np.frombuffer(layer.view(start, stop), np.uint8).reshape(-1, page_size)[present]
     return data
 
 
-async def _fetch(epoch: Epoch, idstr: str, start: int, stop: int, page_size: int) -> npt.NDArray[np.uint8]:
+async def _fetch(
+    epoch: Epoch, idstr: str, start: int, in_base: npt.NDArray[np.bool_], page_size: int
+) -> npt.NDArray[np.uint8]:
+    """Read the pages from ``start`` on of which those in ``in_base`` are wanted."""
     assert epoch.base is not None
-    return np.frombuffer(await epoch.base.fetch(idstr, start, stop, page_size, urgent=False), np.uint8)
+    try:
+        data = await epoch.base.fetch(idstr, start, start + in_base.size, page_size, urgent=False)
+    except BadPagesError as error:
+        if error.data is None or in_base[np.array(error.pages) - start].any():
+            raise
+        data = error.data  # they were all written since
+    return np.frombuffer(data, np.uint8)
 
 
 def _write_pages(

@@ -1,0 +1,55 @@
+"""Checkpoints as the tests of a guest open, save and judge them."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from ckptfs.channels.backing_file import DirectIO, FileSource, OpenedFile
+from ckptfs.channels.identity import Identity
+from ckptfs.guest.base import Base, BaseOptions
+from ckptfs.guest.guest import Guest, SaveRequest
+from ckptfs.mapped_ram.checkpoint import read_checkpoint
+from ckptfs.migration.address import FileMigrationArgs
+
+
+def open_base(path: Path, *, channel_count: int = 2, direct_io: bool = False, deadline: float = 60.0) -> Base:
+    """Open a checkpoint to restore from."""
+    file = OpenedFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC), os.O_RDONLY)
+    return Base(str(path), file, 0, BaseOptions(DirectIO(direct_io), channel_count, {}, deadline))
+
+
+def save_request(path: Path, stream_offset: int = 0, *, ram_only: bool = False) -> SaveRequest:
+    """A save to ``path`` by the daemon's own user."""
+    return SaveRequest(FileMigrationArgs(str(path), stream_offset), Identity.of_daemon(), ram_only)
+
+
+def ram_in(path: Path, stream_offset: int = 0) -> dict[str, bytes]:
+    """All RAM that a mapped-ram file holds, as its bitmaps say, by idstr."""
+    with path.open("rb") as file:
+        checkpoint, file_bmaps = read_checkpoint(FileSource(file.fileno()), stream_offset)
+        ram = {}
+        for block in checkpoint.blocks:
+            assert block.pages_offset is not None
+            content = bytearray(block.used_length)
+            for start, stop in file_bmaps[block.idstr].runs():
+                file.seek(block.pages_offset + start * block.page_size)
+                data = file.read((stop - start) * block.page_size)
+                content[start * block.page_size : stop * block.page_size] = data.ljust(
+                    (stop - start) * block.page_size, b"\0"
+                )
+            ram[block.idstr] = bytes(content)
+    return ram
+
+
+async def ram_of(guest: Guest) -> dict[str, bytes]:
+    """All RAM of a guest, read as FUSE reads it: in requests of 1 MiB."""
+    ram = {}
+    for idstr, block in guest.blocks.items():
+        requests = range(0, block.used_length, 1 << 20)
+        ram[idstr] = b"".join([bytes(await guest.read(block, offset, 1 << 20)) for offset in requests])
+    return ram
+
+
+def fill(page_count: int, pages: Mapping[int, bytes], page_size: int = 4096) -> bytes:
+    """What a block of `tests.doubles.migration_file` holds."""
+    return b"".join(pages.get(page, b"").ljust(page_size, b"\0") for page in range(page_count))

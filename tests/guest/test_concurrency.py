@@ -1,0 +1,466 @@
+"""Readers, writers and saves at the same time."""
+
+import gc
+import os
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from random import Random
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from ckptfs.errors import StateError, StorageError
+from ckptfs.guest.base import BadPagesError
+from ckptfs.guest.guest import Guest
+from tests.doubles.checkpoints import fill, open_base, ram_in, ram_of, save_request
+from tests.doubles.held_save import held_save
+from tests.doubles.migration_file import Block, MigrationFile
+from tests.doubles.storage import open_descriptors
+
+PAGE = 4096
+PAGE_COUNT = 600
+RUNS = [(0, 100), (200, 300), (590, 600)]
+PAGES = {page: bytes([page % 251 + 1]) * PAGE for run in RUNS for page in range(*run)}
+GOLDEN = fill(PAGE_COUNT, PAGES)
+
+
+class GatedReads:
+    """`os.preadv` that waits at a gate while it is shut; ``offsets`` are those of all reads so far."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.offsets: list[int] = []
+        self._is_open = True
+        self._passing: set[int] = set()
+        self._changed = threading.Condition()
+        self._arrived = threading.Semaphore(0)
+        plain_preadv = os.preadv
+
+        def preadv(fd: int, buffers: list[memoryview], offset: int, *flags: int) -> int:
+            self.offsets.append(offset)
+            if not self._may_pass(offset):
+                self._arrived.release()
+                with self._changed:
+                    self._changed.wait_for(lambda: self._may_pass(offset))
+            return plain_preadv(fd, buffers, offset, *flags)
+
+        monkeypatch.setattr(os, "preadv", preadv)
+
+    def _may_pass(self, offset: int) -> bool:
+        return self._is_open or offset in self._passing
+
+    def shut(self) -> None:
+        self._is_open = False
+
+    def open(self) -> None:
+        with self._changed:
+            self._is_open = True
+            self._changed.notify_all()
+
+    def let_pass(self, *offsets: int) -> None:
+        """Let reads at these offsets pass though it is shut."""
+        with self._changed:
+            self._passing.update(offsets)
+            self._changed.notify_all()
+
+    async def wait_for_reader(self) -> None:
+        """Return when one more read waits at the gate."""
+        await trio.to_thread.run_sync(self._arrived.acquire)
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> GatedReads:
+    return GatedReads(monkeypatch)
+
+
+@pytest.fixture
+def golden(tmp_path: Path) -> Path:
+    path = tmp_path / "golden"
+    MigrationFile(blocks=[Block("pc.ram", PAGE_COUNT, PAGES)]).write(path)
+    return path
+
+
+@pytest.fixture
+def guest(golden: Path, reads: GatedReads) -> Iterator[Guest]:
+    before = open_descriptors()
+    guest = Guest.incoming(open_base(golden, channel_count=2))
+    guest.capabilities = guest.capabilities.set("multifd", True)
+    yield guest
+    reads.open()
+    guest.close()
+    gc.collect()  # tracebacks of errors that tests saw hold on to memory
+    assert open_descriptors() == before
+
+
+def in_background(nursery: trio.Nursery, guest: Guest, block_offset: int, length: int) -> dict[str, bytes]:
+    """Start a read; its outcome appears in what is returned."""
+    outcome = {}
+
+    async def read() -> None:
+        outcome["data"] = bytes(await guest.read(guest.blocks["pc.ram"], block_offset, length))
+
+    nursery.start_soon(read)
+    return outcome
+
+
+# --- readers ----------------------------------------------------------------------------------------------
+
+
+async def test_readers_of_the_same_pages_share_one_read(guest: Guest, reads: GatedReads) -> None:
+    assert guest.base is not None
+    reads.shut()
+    async with trio.open_nursery() as nursery:
+        whole = in_background(nursery, guest, 0, 100 * PAGE)
+        await reads.wait_for_reader()
+        inside = [in_background(nursery, guest, page * PAGE + 7, 5000) for page in (0, 13, 98)]
+        await wait_all_tasks_blocked()
+        reads.open()
+    assert whole["data"] == GOLDEN[: 100 * PAGE]
+    assert [outcome["data"] for outcome in inside] == [
+        GOLDEN[page * PAGE + 7 : page * PAGE + 5007] for page in (0, 13, 98)
+    ]
+    assert guest.base.read_count == 1
+    assert guest.base.bytes_read == 100 * PAGE
+
+
+async def test_a_run_of_pages_is_one_read_and_holes_are_none(guest: Guest, reads: GatedReads) -> None:
+    block = guest.blocks["pc.ram"]
+    assert guest.base is not None
+    reads.offsets.clear()
+    assert await guest.read(block, 90 * PAGE, 120 * PAGE) == GOLDEN[90 * PAGE : 210 * PAGE]
+    assert len(reads.offsets) == guest.base.read_count == 2
+    assert await guest.read(block, 300 * PAGE, 256 * PAGE) == bytes(256 * PAGE)
+    assert guest.base.read_count == 2
+
+
+async def test_a_reader_does_not_suffer_when_the_one_before_is_cancelled(guest: Guest, reads: GatedReads) -> None:
+    reads.shut()
+    with trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
+            in_background(nursery, guest, 0, 100 * PAGE)
+            await reads.wait_for_reader()
+            async with trio.open_nursery() as second:
+                second.cancel_scope.shield = True
+                outcome = in_background(second, guest, 5 * PAGE, PAGE)
+                await wait_all_tasks_blocked()
+                scope.cancel()
+                await wait_all_tasks_blocked()
+                reads.open()
+    assert outcome["data"] == GOLDEN[5 * PAGE : 6 * PAGE]
+
+
+async def test_a_reader_does_not_suffer_from_bad_pages_that_are_not_his(
+    guest: Guest, reads: GatedReads, golden: Path, expect_log: Callable[[str], None]
+) -> None:
+    expect_log(r"pc\.ram: page\(s\) .*299\] can't be read from the checkpoint")
+    os.truncate(golden, pages_offset_of(guest) + 250 * PAGE + 100)
+    reads.shut()
+    async with trio.open_nursery() as nursery:
+
+        async def read(start: int, stop: int) -> None:
+            with pytest.raises(BadPagesError) as error:
+                await guest.read(guest.blocks["pc.ram"], start * PAGE, (stop - start) * PAGE)
+            assert error.value.pages == list(range(250, stop))
+
+        nursery.start_soon(read, 200, 300)
+        await reads.wait_for_reader()
+        outcome = in_background(nursery, guest, 210 * PAGE, 10 * PAGE)
+        nursery.start_soon(read, 249, 251)  # one of the two is
+        await wait_all_tasks_blocked()
+        reads.open()
+    assert outcome["data"] == GOLDEN[210 * PAGE : 220 * PAGE]
+    assert {page for _, page in guest.bad_pages} == set(range(250, 300))
+
+
+def pages_offset_of(guest: Guest) -> int:
+    assert guest.base is not None
+    (block,) = guest.base.checkpoint.blocks
+    assert block.pages_offset is not None
+    return block.pages_offset
+
+
+async def test_a_read_that_is_overtaken_by_a_write_is_the_written(guest: Guest, reads: GatedReads) -> None:
+    block = guest.blocks["pc.ram"]
+    reads.shut()
+    async with trio.open_nursery() as nursery:
+        outcome = in_background(nursery, guest, 10 * PAGE, 3 * PAGE)
+        await reads.wait_for_reader()
+        await guest.write(block, 11 * PAGE, b"w" * PAGE)
+        reads.open()
+    assert outcome["data"] == GOLDEN[10 * PAGE : 11 * PAGE] + b"w" * PAGE + GOLDEN[12 * PAGE : 13 * PAGE]
+    # nobody else got the written page as the base's
+    guest.reset()
+    assert await guest.read(block, 10 * PAGE, 3 * PAGE) == GOLDEN[10 * PAGE : 13 * PAGE]
+
+
+async def test_writers_of_one_page_all_count(guest: Guest, reads: GatedReads) -> None:
+    block = guest.blocks["pc.ram"]
+    reads.shut()
+    async with trio.open_nursery() as nursery:
+        for byte in range(16):
+            nursery.start_soon(guest.write, block, 7 * PAGE + 256 * byte, bytes([byte]) * 100)
+        await reads.wait_for_reader()
+        await wait_all_tasks_blocked()
+        reads.open()
+    expected = bytearray(GOLDEN[7 * PAGE : 8 * PAGE])
+    for byte in range(16):
+        expected[256 * byte : 256 * byte + 100] = bytes([byte]) * 100
+    assert await guest.read(block, 7 * PAGE, PAGE) == expected
+
+
+# --- saves ------------------------------------------------------------------------------------------------
+
+
+async def test_a_save_is_ram_at_one_moment_whatever_is_written_meanwhile(guest: Guest, tmp_path: Path) -> None:
+    block, random = guest.blocks["pc.ram"], Random(3)
+    ram = bytearray(GOLDEN)
+
+    async def write_something() -> None:
+        block_offset = random.randrange(len(ram) - 1)
+        data = random.randbytes(min(random.choice([1, 100, PAGE, 20 * PAGE]), len(ram) - block_offset))
+        await guest.write(block, block_offset, data)
+        ram[block_offset : block_offset + len(data)] = data
+
+    for number in range(5):
+        for _ in range(20):
+            await write_something()
+        path = tmp_path / str(number)
+        at_the_moment = bytes(ram)
+        async with held_save(guest, save_request(path)) as save:
+            save.go_on()
+            while save.outcome is None:
+                assert save.error is None
+                await write_something()
+                await trio.lowlevel.checkpoint()
+        assert ram_in(path)["pc.ram"] == at_the_moment
+        assert (await ram_of(guest))["pc.ram"] == ram
+
+
+async def test_a_failed_save_moves_back_what_is_being_written(guest: Guest, tmp_path: Path) -> None:
+    block, random = guest.blocks["pc.ram"], Random(4)
+    ram = bytearray(GOLDEN)
+    written: set[int] = set()
+
+    async def write(page: int) -> None:
+        data = random.randbytes(PAGE)
+        await guest.write(block, page * PAGE, data)
+        ram[page * PAGE : (page + 1) * PAGE] = data
+        written.add(page)
+
+    for page in range(0, 600, 7):
+        await write(page)
+    async with held_save(guest, save_request(tmp_path / "checkpoint")) as save:
+        for page in range(0, 600, 3):
+            await write(page)
+        save.fails = True
+        save.go_on()
+        while save.error is None:
+            await write(random.randrange(600))
+            await trio.lowlevel.checkpoint()
+    assert len(block.stack.written) == 1
+    assert (await ram_of(guest))["pc.ram"] == ram
+    assert {page for page in range(600) if block.written.test(page)} == written
+
+
+async def test_a_page_that_is_filled_while_an_epoch_begins_is_in_both(
+    guest: Guest, reads: GatedReads, tmp_path: Path
+) -> None:
+    """The fill of a page that is written in part was begun below the epoch, and ends above it."""
+    block = guest.blocks["pc.ram"]
+    reads.shut()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(guest.write, block, 5 * PAGE + 10, b"in part")
+        await reads.wait_for_reader()
+        async with held_save(guest, save_request(tmp_path / "checkpoint")) as save:
+            reads.open()
+            while not block.written.test(5):
+                await trio.lowlevel.checkpoint()
+    assert save.error is None
+    expected = bytearray(GOLDEN)
+    assert ram_in(tmp_path / "checkpoint")["pc.ram"] == expected
+    expected[5 * PAGE + 10 : 5 * PAGE + 17] = b"in part"
+    assert (await ram_of(guest))["pc.ram"] == expected
+
+
+async def test_a_page_that_is_filled_during_a_whole_save_loses_nothing(
+    guest: Guest, reads: GatedReads, tmp_path: Path
+) -> None:
+    """The page is written as a whole and saved while its fill still reads the former base."""
+    block = guest.blocks["pc.ram"]
+    await guest.write(block, 299 * PAGE, b"x")
+    reads.shut()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(guest.write, block, 5 * PAGE + 10, b"in part")
+        await reads.wait_for_reader()
+        for start, stop in RUNS:  # the save reads nothing from the base
+            await guest.write(block, start * PAGE, b"w" * (stop - start) * PAGE)
+        await guest.save(save_request(tmp_path / "checkpoint"))
+        reads.open()
+    expected = bytearray(PAGE_COUNT * PAGE)
+    for start, stop in RUNS:
+        expected[start * PAGE : stop * PAGE] = b"w" * (stop - start) * PAGE
+    assert ram_in(tmp_path / "checkpoint")["pc.ram"] == expected
+    expected[5 * PAGE + 10 : 5 * PAGE + 17] = b"in part"
+    assert (await ram_of(guest))["pc.ram"] == expected
+
+
+async def test_a_read_during_a_whole_save_is_not_the_former_base(
+    guest: Guest, reads: GatedReads, tmp_path: Path
+) -> None:
+    """A page that was in a layer when the read began is in the new base alone when it ends."""
+    block = guest.blocks["pc.ram"]
+    for start, stop in [(0, 5), (6, 100), *RUNS[1:]]:
+        await guest.write(block, start * PAGE, b"w" * (stop - start) * PAGE)
+    reads.shut()
+    async with trio.open_nursery() as nursery:
+        outcome = in_background(nursery, guest, 4 * PAGE, 3 * PAGE)
+        await reads.wait_for_reader()
+        await guest.write(block, 5 * PAGE, b"v" * PAGE)
+        await guest.save(save_request(tmp_path / "checkpoint"))
+        reads.open()
+    assert outcome["data"] == b"w" * PAGE + b"v" * PAGE + b"w" * PAGE
+
+
+async def test_a_reader_in_line_when_a_save_ends_is_served_from_the_new_base(
+    guest: Guest, reads: GatedReads, tmp_path: Path
+) -> None:
+    block = guest.blocks["pc.ram"]
+    reads.shut()
+    async with trio.open_nursery() as nursery:
+        first = [in_background(nursery, guest, page * PAGE, PAGE) for page in (1, 2)]  # both channels
+        await reads.wait_for_reader()
+        await reads.wait_for_reader()
+        waiting = in_background(nursery, guest, 3 * PAGE, PAGE)
+        await wait_all_tasks_blocked()
+        for start, stop in RUNS:
+            await guest.write(block, start * PAGE, GOLDEN[start * PAGE : stop * PAGE])
+        await guest.save(save_request(tmp_path / "checkpoint"))
+        reads.open()
+    assert [outcome["data"] for outcome in [*first, waiting]] == [PAGES[page] for page in (1, 2, 3)]
+
+
+async def test_a_cancelled_save_leaves_everything_as_it_was(
+    guest: Guest, reads: GatedReads, tmp_path: Path
+) -> None:
+    path = tmp_path / "checkpoint"
+    block = guest.blocks["pc.ram"]
+    await guest.save(save_request(path))
+    former = path.read_bytes()
+    await guest.write(block, 50 * PAGE, b"written")
+    async with held_save(guest, save_request(path)) as save:
+        await guest.write(block, 60 * PAGE, b"meanwhile")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(guest.cancel)
+            await wait_all_tasks_blocked()
+            save.go_on()
+    assert isinstance(save.error, StateError)
+    assert "the save was cancelled" in str(save.error)
+    assert path.read_bytes() == former
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint", "golden"]
+    expected = bytearray(GOLDEN)
+    expected[50 * PAGE : 50 * PAGE + 7] = b"written"
+    expected[60 * PAGE : 60 * PAGE + 9] = b"meanwhile"
+    assert (await ram_of(guest))["pc.ram"] == expected
+    await guest.save(save_request(path))
+    assert ram_in(path)["pc.ram"] == expected
+
+
+async def test_a_reader_does_not_suffer_when_the_save_before_is_cancelled(
+    guest: Guest, reads: GatedReads, tmp_path: Path
+) -> None:
+    """The save reads a page for itself, a reader waits for the same read: only the save is cancelled."""
+    reads.shut()
+    async with trio.open_nursery() as nursery:
+
+        async def save() -> None:
+            with pytest.raises(StateError, match="cancelled"):
+                await guest.save(save_request(tmp_path / "checkpoint"))
+
+        nursery.start_soon(save)
+        await reads.wait_for_reader()
+        outcome = in_background(nursery, guest, 5 * PAGE, PAGE)
+        await wait_all_tasks_blocked()
+        await guest.cancel()
+        reads.open()
+    assert outcome["data"] == GOLDEN[5 * PAGE : 6 * PAGE]
+
+
+# --- restore ----------------------------------------------------------------------------------------------
+
+
+async def test_a_reader_in_line_when_a_restore_ends_is_served_from_memory(guest: Guest, reads: GatedReads) -> None:
+    guest.parameters = replace(guest.parameters, multifd_channels=1)
+    first = pages_offset_of(guest)
+    reads.shut()
+    reads.let_pass(first, first + 200 * PAGE, first + 256 * PAGE)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(guest.restore)
+        await reads.wait_for_reader()  # it is at the last window
+        outcomes = [in_background(nursery, guest, page * PAGE, PAGE) for page in range(591, 597)]
+        await wait_all_tasks_blocked()
+        reads.let_pass(first + 590 * PAGE)
+        while not guest.restored:
+            await trio.lowlevel.checkpoint()
+        reads.open()
+    assert [outcome["data"] for outcome in outcomes] == [PAGES[page] for page in range(591, 597)]
+
+
+async def test_a_restored_guest_needs_no_file(guest: Guest, golden: Path) -> None:
+    await guest.restore()
+    os.unlink(golden)
+    block = guest.blocks["pc.ram"]
+    assert (await ram_of(guest))["pc.ram"] == GOLDEN
+    await guest.write(block, 150 * PAGE + 1, b"into a hole")
+    expected = bytearray(GOLDEN)
+    expected[150 * PAGE + 1 : 150 * PAGE + 12] = b"into a hole"
+    assert (await ram_of(guest))["pc.ram"] == expected
+
+
+# --- one migration at a time ------------------------------------------------------------------------------
+
+
+async def test_a_second_migration_is_refused(guest: Guest, tmp_path: Path) -> None:
+    async with held_save(guest, save_request(tmp_path / "checkpoint")) as save:
+        for migration in (guest.save(save_request(tmp_path / "other")), guest.restore()):
+            with pytest.raises(StateError, match="a save is running: wait for it, or cancel it"):
+                await migration
+        with pytest.raises(StateError, match="a save is running"):
+            guest.reset()
+    assert save.error is None
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint", "golden"]
+
+
+async def test_writers_that_are_held_wait_and_readers_do_not(guest: Guest, tmp_path: Path) -> None:
+    block = guest.blocks["pc.ram"]
+    await guest.hold_writers()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(guest.write, block, 0, b"later")
+        await wait_all_tasks_blocked()
+        assert await guest.read(block, 0, PAGE) == GOLDEN[:PAGE]
+        await guest.save(save_request(tmp_path / "checkpoint"))
+        guest.let_writers_go()
+    assert ram_in(tmp_path / "checkpoint")["pc.ram"] == GOLDEN
+    assert await guest.read(block, 0, 5) == b"later"
+
+
+async def test_a_backing_storage_that_gives_no_answer_is_an_error_for_all_who_wait(
+    golden: Path, reads: GatedReads
+) -> None:
+    guest = Guest.incoming(open_base(golden, channel_count=2, deadline=0.05))
+    reads.shut()
+    errors = []
+    async with trio.open_nursery() as nursery:
+
+        async def read() -> None:
+            with pytest.raises(StorageError, match="no answer") as error:
+                await guest.read(guest.blocks["pc.ram"], 0, PAGE)
+            errors.append(error.value)
+
+        nursery.start_soon(read)
+        nursery.start_soon(read)
+    assert len(errors) == 2
+    assert len(reads.offsets) == 1
+    reads.open()
+    guest.close()
