@@ -28,6 +28,7 @@ from ckptfs.guest.layer import Layer
 from ckptfs.guest.live import compose
 from ckptfs.guest.migration import Migration
 from ckptfs.guest.outgoing import Epoch, SaveOptions, Written, write_checkpoint
+from ckptfs.guest.plain import write_stream
 from ckptfs.mapped_ram.layout import Image, empty_image
 from ckptfs.mapped_ram.precopy import vmstate_stream
 from ckptfs.mapped_ram.stream import IGNORE_SHARED, MAPPED_RAM, uuid_of
@@ -440,7 +441,8 @@ class Guest:
             carried += (epoch.stacks[idstr].written[0] for idstr in epoch.carried)
             image = self._configured(image, epoch)
             migration.advance(MigrationStatus.ACTIVE)
-            written = await write_checkpoint(
+            write = write_checkpoint if self.capabilities.mapped_ram else write_stream
+            written = await write(
                 target.file, request.stream_offset, image, epoch, self._save_options(), migration.progress
             )
             self.direct_io = written.direct_io

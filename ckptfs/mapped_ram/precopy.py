@@ -1,8 +1,8 @@
 """Plain migration streams: page records one after the other, instead of pages at fixed offsets (QEMU 9.0 to 10.2).
 
 That is what QEMU saves without capability mapped-ram, and with x-ignore-shared, where only small blocks have
-records. Reading builds an index of where each page's newest content lies; writing makes the small stream from
-which QEMU starts on RAM that it maps from elsewhere.
+records. Reading builds an index of where each page's newest content lies. Writing makes records for many pages at
+once, for a whole checkpoint or for the small stream from which QEMU starts on RAM that it maps from elsewhere.
 
 A record is be64 block_offset | flags, then u8 and idstr unless it CONTINUEs the block before, then a page's
 bytes, or one zero byte for a ZERO page (``ram_load_precopy`` in ``migration/ram.c``).
@@ -140,20 +140,45 @@ def vmstate_stream(
     """
     blocks = {block.idstr: block for block in checkpoint.blocks}
     sent = {idstr: PagesBitmap(block.page_count) for idstr, block in blocks.items() if idstr not in left_out}
-    records: list[bytes] = []
+    records: list[memoryview] = []
     for idstr, start, data in pages:
         count, rest = divmod(len(data), checkpoint.page_size)
         if idstr not in sent or rest or not 0 <= start <= start + count <= sent[idstr].page_count:
             raise CheckpointError(f"RAM block {quote_idstr(idstr)} has no pages {start} to {start + count} to send")
         sent[idstr].set(start, start + count)
         content = np.frombuffer(data, np.uint8).reshape(count, checkpoint.page_size)
-        records += _encode_records(blocks[idstr], RAM_PAGE, np.arange(start, start + count), content)
+        records += page_records(idstr, np.arange(start, start + count), content)
     for idstr, bitmap in sent.items():
         zero_pages = np.flatnonzero(bitmap.expand(0, bitmap.page_count) == 0)
-        zeros = np.zeros((zero_pages.size, 1), np.uint8)
-        records += _encode_records(blocks[idstr], RAM_ZERO, zero_pages, zeros)
+        records += zero_records(idstr, zero_pages, checkpoint.page_size)
     before, after = frame(image_of(checkpoint, setup, device_state).configured((), checkpoint.uuid))
     return b"".join([before, *records, after])
+
+
+def page_records(idstr: str, pages: npt.NDArray[np.int64], content: npt.NDArray[np.uint8]) -> list[memoryview]:
+    """The PAGE records of these pages of a block, in pieces; ``content`` is an array of (pages, page_size) bytes.
+
+    The first one names the block, so that it does not matter what comes before.
+    """
+    return _records(idstr, RAM_PAGE, pages, content.shape[1], content)
+
+
+def zero_records(idstr: str, pages: npt.NDArray[np.int64], page_size: int) -> list[memoryview]:
+    """The ZERO records of these pages of a block."""
+    return _records(idstr, RAM_ZERO, pages, page_size, np.zeros((1, 1), np.uint8))
+
+
+def _records(
+    idstr: str, kind: int, pages: npt.NDArray[np.int64], page_size: int, content: npt.NDArray[np.uint8]
+) -> list[memoryview]:
+    if not pages.size:
+        return []
+    records = np.empty((pages.size, 8 + content.shape[1]), np.uint8)
+    records[:, :8] = (pages * page_size | kind | RAM_CONTINUE).astype(">u8").view(np.uint8).reshape(-1, 8)
+    records[:, 8:] = content
+    name = encode_idstr(idstr)
+    first = (int(pages[0]) * page_size | kind).to_bytes(8) + bytes([len(name)]) + name
+    return [memoryview(first), records.reshape(-1)[8:].data]
 
 
 class _PageIndex:
@@ -271,17 +296,3 @@ class _PageIndex:
             text = f"page at {block_offset:#x} is outside of RAM block {quote_idstr(self._block.idstr)}"
             raise CheckpointError(text, file_offset)
         return block_offset // self._page_size
-
-
-def _encode_records(
-    block: RAMBlock, kind: int, pages: npt.NDArray[np.int64], content: npt.NDArray[np.uint8]
-) -> list[bytes]:
-    """Records of one kind for pages of one block; ``content`` is (pages, bytes of each)."""
-    if not pages.size:
-        return []
-    words = (pages * block.page_size | kind | RAM_CONTINUE).astype(">u8")
-    records = np.hstack([words.view(np.uint8).reshape(-1, 8), content]).tobytes()
-    # The first record names the block.
-    name = encode_idstr(block.idstr)
-    first = (int(pages[0]) * block.page_size | kind).to_bytes(8)
-    return [first, bytes([len(name)]), name, records[8:]]
