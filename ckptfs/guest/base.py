@@ -86,6 +86,7 @@ class Base:
         CommandError if RAM that it leaves out is not given as a file, and OSError.
         """
         self.path = path
+        self._file = file
         self.bytes_read = 0
         self.read_count = 0
         self.deadline = options.deadline
@@ -186,6 +187,13 @@ class Base:
     def close(self) -> None:
         """Close the backing file; reads that are under way end first."""
         self._resources.close()
+
+    async def aclose(self) -> None:
+        """The same, without holding up other tasks: the last close of a file that was replaced frees its blocks."""
+        last = os.dup(self._file.fd)
+        self.close()
+        with trio.CancelScope(shield=True):
+            await trio.to_thread.run_sync(os.close, last)
 
 
 def _mapped_blocks(

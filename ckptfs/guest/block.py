@@ -132,23 +132,27 @@ class GuestBlock:
         """Take an empty layer out of the stack."""
         self.stack = replace(self.stack, written=tuple(x for x in self.stack.written if x is not layer))
 
-    def rebase(self, frozen: PageStack, base: BaseBlock, *, keep_restored: bool) -> None:
-        """Put a base below the pages written since ``frozen``, which is all in it now."""
+    def rebase(self, frozen: PageStack, base: BaseBlock, *, keep_restored: bool) -> tuple[Layer, ...]:
+        """Put a base below the pages written since ``frozen``, which is all in it now.
+
+        Return the layers that are not needed any more, for the caller to close.
+        """
         newer = self.stack.written[: len(self.stack.written) - len(frozen.written)]
         self.received = self.received.union(_union(self.page_count, frozen.written))
         self.stack = PageStack(self.page_count, newer, frozen.restored if keep_restored else None, base)
-        for layer in frozen.written if keep_restored else frozen.layers:
-            layer.close()
+        return frozen.written if keep_restored else frozen.layers
 
-    def replace(self, carried: PageStack, base: BaseBlock, *, keep_restored: bool) -> None:
-        """Put what the machine handed over in the place of all there is; it is in ``base`` now."""
+    def replace(self, carried: PageStack, base: BaseBlock, *, keep_restored: bool) -> tuple[Layer, ...]:
+        """Put what the machine handed over in the place of all there is; it is in ``base`` now.
+
+        Return the layers that are not needed any more, for the caller to close.
+        """
         former = self.stack
         (layer,) = carried.written
         fresh = Layer(self.idstr, self.page_count, self.page_size)
         self.received = PagesBitmap(self.page_count)
         self.stack = PageStack(self.page_count, (fresh,), layer if keep_restored else None, base)
-        for dropped in former.layers if keep_restored else (*former.layers, layer):
-            dropped.close()
+        return former.layers if keep_restored else (*former.layers, layer)
 
     def reset(self, layer: Layer) -> None:
         """Drop every page written since the base; ``layer`` is empty, and for what is written from now on."""

@@ -345,24 +345,26 @@ class Guest:
         if self.restored:
             await self._keep_in_memory(epoch)
         former = self.base
+        dropped: list[Layer] = []
         for idstr, frozen in epoch.stacks.items():
             if idstr not in epoch.carried:
-                self.blocks[idstr].rebase(frozen, base.blocks[idstr], keep_restored=self.restored)
+                dropped += self.blocks[idstr].rebase(frozen, base.blocks[idstr], keep_restored=self.restored)
             else:
-                self._take_over(idstr, frozen, base.blocks[idstr])
+                dropped += self._take_over(idstr, frozen, base.blocks[idstr])
         self.base = base
+        await trio.to_thread.run_sync(_close_layers, dropped)
         if self.restored:
-            base.close()
+            await base.aclose()
         elif former is not None:
-            former.close()
+            await former.aclose()
         if epoch.carried and self.page_cache is not None:
             await self.page_cache.forget(epoch.carried)
 
-    def _take_over(self, idstr: str, carried: PageStack, base_block: BaseBlock) -> None:
+    def _take_over(self, idstr: str, carried: PageStack, base_block: BaseBlock) -> tuple[Layer, ...]:
         """A block that the machine handed over: its file, if it has one, shows that from now on."""
         if idstr not in self.blocks:
             self.blocks[idstr] = GuestBlock(idstr, carried.page_count, self.page_size)
-        self.blocks[idstr].replace(carried, base_block, keep_restored=self.restored)
+        return self.blocks[idstr].replace(carried, base_block, keep_restored=self.restored)
 
     async def _keep_in_memory(self, epoch: Epoch) -> None:
         """A guest that was restored as a whole stays independent of any file: its pages stay in memory."""
@@ -658,7 +660,7 @@ class Guest:
             )
             self.restored = True
             self.full_at = trio.current_time()
-            self.base.close()
+            await self.base.aclose()
         return f"restored {self.base.path}: {migration.summary()}"
 
     def reset(self) -> str:
@@ -712,6 +714,11 @@ class Guest:
         if self.direct_io is False:
             return "off: the file system does not support O_DIRECT"
         return "on"
+
+
+def _close_layers(layers: list[Layer]) -> None:
+    for layer in layers:
+        layer.close()
 
 
 def leading_error(error: BaseException) -> BaseException:

@@ -64,10 +64,12 @@ class Layer:
         return upper.present.any(0, upper.present.page_count)
 
     def close(self) -> None:
-        """Give the memory back; views that are still out keep theirs until they die."""
-        os.close(self._fd)
+        """Give the memory back, in a thread if it is much; views that are still out keep theirs until they die."""
         self._view.release()
+        with contextlib.suppress(BufferError):  # views are out
+            self._memory.close()
         del self._memory
+        os.close(self._fd)  # last: this frees the pages, and holds neither the GIL nor the lock on our mappings
 
 
 def _first_runs(bitmap: PagesBitmap, budget: int) -> list[Run]:
