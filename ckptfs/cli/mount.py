@@ -128,6 +128,7 @@ def open_guest(spec: SeekableAddress | None, options: MountOptions) -> Guest:
     guest.read_only = options.read_only
     guest.parameters = options.parameters
     guest.capabilities = options.capabilities
+    guest.uuid = options.uuid
     guest.shared = {idstr: os.path.abspath(path) for idstr, path in options.shared.items()}
     guest.descriptors = Descriptors(options.fdset, options.fd)
     guest.descriptors.check()

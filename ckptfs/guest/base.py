@@ -6,13 +6,14 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from uuid import UUID
 
 import trio
 
 from ckptfs.channels.backing_file import BackingFile, DirectIO, FileSource, OpenedFile
 from ckptfs.channels.buffers import AlignedBuffers
 from ckptfs.channels.channels import BACKING_DEADLINE, Channel, Channels
-from ckptfs.errors import CkptfsError, CommandError, StorageError
+from ckptfs.errors import CheckpointError, CkptfsError, CommandError, StorageError
 from ckptfs.guest.block import BaseBlock
 from ckptfs.guest.pages import MappedPages, PageSource, RecordedPages
 from ckptfs.mapped_ram.bitmap import PagesBitmap, Run
@@ -20,7 +21,7 @@ from ckptfs.mapped_ram.checkpoint import Checkpoint, read_checkpoint, read_devic
 from ckptfs.mapped_ram.layout import Image, image_of
 from ckptfs.mapped_ram.precopy import read_precopy
 from ckptfs.mapped_ram.ramblock import RAMBlock
-from ckptfs.mapped_ram.stream import Cursor, is_mapped_ram, read_stream_header
+from ckptfs.mapped_ram.stream import Cursor, is_mapped_ram, read_stream_header, uuid_of
 
 log = logging.getLogger(__name__)
 
@@ -44,12 +45,16 @@ class BadPagesError(StorageError):
 
 @dataclass(frozen=True)
 class BaseOptions:
-    """How a checkpoint is read; ``shared`` names the files of RAM that it leaves out, by idstr."""
+    """How a checkpoint is read; ``shared`` names the files of RAM that it leaves out, by idstr.
+
+    One that has a uuid has to have this ``uuid``, if there is one.
+    """
 
     direct_io: DirectIO
     channel_count: int
     shared: dict[str, str] = field(default_factory=dict)
     deadline: float = BACKING_DEADLINE
+    uuid: UUID | None = None
 
 
 @dataclass
@@ -82,8 +87,8 @@ class Base:
     def __init__(self, path: str, file: BackingFile, stream_offset: int, options: BaseOptions) -> None:
         """Read the checkpoint in ``file``, mapped-ram or plain, and take the file over (blocking).
 
-        Raises CheckpointError, naming the byte, for anything that is not a whole and honest checkpoint;
-        CommandError if RAM that it leaves out is not given as a file, and OSError.
+        Raises CheckpointError, naming the byte, for anything that is not a whole and honest checkpoint, or
+        another guest's; CommandError if RAM that it leaves out is not given as a file, and OSError.
         """
         self.path = path
         self._file = file
@@ -92,7 +97,11 @@ class Base:
         self.deadline = options.deadline
         source = FileSource(file.fd)
         with contextlib.ExitStack() as undo:
-            mapped = is_mapped_ram(read_stream_header(Cursor(source, stream_offset)))
+            header = read_stream_header(Cursor(source, stream_offset))
+            uuid = uuid_of(header.subsections)
+            if uuid is not None and options.uuid not in (None, uuid):
+                raise CheckpointError(f"UUID received is {uuid} and local is {options.uuid}", stream_offset)
+            mapped = is_mapped_ram(header)
             direct_io = options.direct_io if mapped else DirectIO(False)  # a plain stream's pages are not aligned
             channels = Channels.open(file, direct_io, options.channel_count, options.deadline)
             undo.callback(channels.close)

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
+from uuid import UUID
 
 import trio
 
@@ -115,6 +116,8 @@ class Guest:
         self.parameters = MigrationParameters()
         self.capabilities = MigrationCapabilities()
         self.descriptors = Descriptors()
+        self.uuid: UUID | None = None
+        """What capability validate-uuid compares a checkpoint's with, and writes where the source has none."""
         self.shared: dict[str, str] = {}
         """Files of RAM that checkpoints may leave out, by idstr."""
         self._rate_limit = RateLimit()
@@ -433,7 +436,11 @@ class Guest:
                 with trio.CancelScope(shield=True):
                     await trio.to_thread.run_sync(target.discard)
                 raise
-        return f"saved {name}: {migration.summary()}"
+        answer = f"saved {name}: {migration.summary()}"
+        if self.capabilities.mapped_ram and self.capabilities.x_ignore_shared:
+            answer += "; QEMU 10.2 and older can't load mapped-ram with x-ignore-shared"
+            log.warning("%s", answer)
+        return answer
 
     async def _save_to(self, target: Target, request: SaveRequest, migration: Migration) -> None:
         await trio.to_thread.run_sync(target.keep_prefix)
@@ -462,7 +469,7 @@ class Guest:
     def _configured(self, image: Image, epoch: Epoch) -> Image:
         """The image as the capabilities want it."""
         capabilities = tuple(name for name in (IGNORE_SHARED, MAPPED_RAM) if self.capabilities.get(name))
-        uuid = uuid_of(image.subsections) if self.capabilities.validate_uuid else None
+        uuid = uuid_of(image.subsections) or self.uuid if self.capabilities.validate_uuid else None
         return image.configured(capabilities, uuid, self._ignored(epoch))
 
     def _ignored(self, epoch: Epoch) -> set[str]:
@@ -578,7 +585,8 @@ class Guest:
 
     def base_options(self) -> BaseOptions:
         """How a checkpoint is read here."""
-        return BaseOptions(self._direct_io(), self.parameters.multifd_channels, self.shared)
+        uuid = self.uuid if self.capabilities.validate_uuid else None
+        return BaseOptions(self._direct_io(), self.parameters.multifd_channels, self.shared, uuid=uuid)
 
     def _direct_io(self) -> DirectIO:
         return DirectIO(self.parameters.direct_io, self.parameters.direct_io_required)

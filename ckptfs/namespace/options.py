@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from uuid import UUID
 
 from ckptfs.errors import CommandError
 from ckptfs.migration.address import FILE_OFFSET_MAX
@@ -31,6 +32,8 @@ class MountOptions:
     capabilities: MigrationCapabilities = field(default_factory=MigrationCapabilities)
     backends: list[str] = field(default_factory=list)
     """Idstrs of the blocks that QEMU has as memory backends; empty: found by the default rule."""
+    uuid: UUID | None = None
+    """The guest's, for capability validate-uuid."""
     shared: dict[str, str] = field(default_factory=dict)
     """Path of the RAM file by the idstr of a block that the checkpoint leaves out."""
     fdset: dict[int, list[int]] = field(default_factory=dict)
@@ -183,6 +186,12 @@ def _parse_file_size(text: str) -> int:
     return size
 
 
+def _parse_uuid(text: str) -> UUID:
+    if not re.fullmatch(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", text):
+        raise CommandError("it is a UUID, as 550e8400-e29b-41d4-a716-446655440000")
+    return UUID(text)
+
+
 def _parse_shared(text: str) -> tuple[str, str]:
     idstr, _, path = text.partition(":/")  # an idstr may hold colons
     if not idstr or not path:
@@ -230,6 +239,7 @@ _OPTIONS: dict[str, _Setter] = {
     "prefetch": _one("prefetch", parse_state),
     "image-offset": _one("image_offset", _parse_file_size),
     "backends": _several("backends"),
+    "uuid": _one("uuid", _parse_uuid),
     "shared": _entry("shared", _parse_shared),
     "fdset": _entry("fdset", _parse_fdset),
     "fd": _entry("fd", _parse_fd),

@@ -2,6 +2,7 @@
 
 import dataclasses
 from typing import Any
+from uuid import UUID
 
 import pytest
 from hypothesis import given
@@ -44,6 +45,7 @@ def changes(text: str) -> dict[str, Any]:
         ("log=/a=b", {"log": "/a=b"}),
         ("log=/a\\\\b", {"log": "/a\\b"}),
         ("backends=m0:m1,backends=m2", {"backends": ["m0", "m1", "m2"]}),
+        ("uuid=550e8400-E29B-41d4-a716-446655440000", {"uuid": UUID("550e8400-e29b-41d4-a716-446655440000")}),
         ("shared=pc.ram:/dev/shm/a:b", {"shared": {"pc.ram": "/dev/shm/a:b"}}),
         ("shared=0000:00:02.0/vga.vram:/x", {"shared": {"0000:00:02.0/vga.vram": "/x"}}),
         ("fdset=1:5:6,fdset=2:7", {"fdset": {1: [5, 6], 2: [7]}}),
@@ -116,6 +118,11 @@ def test_what_is_for_mount_is_ignored(text: str) -> None:
         ),
         ("uid=joe", "mount option 'uid=joe': it is a number, not a name"),
         ("uid=4294967295", "mount option 'uid=4294967295': it is a number, not a name"),
+        (
+            "uuid={550e8400-e29b-41d4-a716-446655440000}",
+            "mount option 'uuid={550e8400-e29b-41d4-a716-446655440000}': it is a UUID, "
+            "as 550e8400-e29b-41d4-a716-446655440000",
+        ),
         ("umask=9", "mount option 'umask=9': it is an octal number up to 0777"),
         ("fdset=1", "mount option 'fdset=1': it is ID:FD[:FD...]"),
         ("fdset=1:x", "mount option 'fdset=1:x': 'x' is not a number"),
