@@ -1,5 +1,6 @@
 """What a daemon holds: to be equal before and after whatever went wrong."""
 
+import contextlib
 import os
 from collections import Counter
 from dataclasses import dataclass
@@ -17,7 +18,10 @@ class Footprint:
 def footprint(pid: int) -> Footprint:
     """Look at process ``pid``."""
     directory = Path(f"/proc/{pid}/fd")
-    descriptors = Counter(os.readlink(directory / name) for name in os.listdir(directory))
+    descriptors: Counter[str] = Counter()
+    for name in os.listdir(directory):
+        with contextlib.suppress(FileNotFoundError):  # of this process: the listing itself
+            descriptors[os.readlink(directory / name)] += 1
     maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
     return Footprint(descriptors, Counter(line.split(maxsplit=5)[-1] for line in maps if "/memfd:ckptfs:" in line))
 
@@ -27,7 +31,11 @@ def thread_count(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/task"))
 
 
-def resident_length(pid: int) -> int:
-    """Bytes of memory of its own that process ``pid`` has resident (RssAnon and RssShmem of proc(5))."""
+def memory_length(pid: int) -> int:
+    """Bytes that process ``pid`` holds: memory of its own (RssAnon of proc(5)), and RAM in memfds."""
     fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return sum(int(fields[name].split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
+    memfds = {}
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        if "memfd:ckptfs:" in os.readlink(descriptor):
+            memfds[descriptor.stat().st_ino] = descriptor.stat().st_blocks * 512
+    return int(fields["RssAnon"].split()[0]) * 1024 + sum(memfds.values())

@@ -1,0 +1,127 @@
+"""A guest in this process: what a failed or cancelled save leaves in it, with no help of the garbage collector."""
+
+import errno
+import gc
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import pytest
+import trio
+
+from ckptfs.channels.identity import Identity
+from ckptfs.errors import CkptfsError
+from ckptfs.guest.guest import Guest, SaveRequest
+from ckptfs.migration.address import FileMigrationArgs
+from tests.control.footprint import Footprint, footprint
+from tests.doubles.storage import FailingCall
+
+MiB = 1 << 20
+IO_CALLS = (
+    "open",
+    "pread",
+    "preadv",
+    "pwrite",
+    "pwritev",
+    "fdatasync",
+    "rename",
+    "fsync",
+    "memfd_create",
+    "ftruncate",
+)
+
+
+def request(path: Path) -> SaveRequest:
+    return SaveRequest(FileMigrationArgs(str(path)), Identity.of_daemon())
+
+
+def living() -> tuple[int, Footprint]:
+    """Tasks of this trio.run, and what this process holds."""
+    return trio.lowlevel.current_statistics().tasks_living, footprint(os.getpid())
+
+
+@pytest.fixture
+async def guest(tmp_path: Path) -> AsyncIterator[Guest]:
+    """Half of its RAM is in a checkpoint, a part of that is written again; cycles of references stay."""
+    guest = Guest.fresh([("pc.ram", 2 * MiB), ("vga.vram", MiB)])
+    guest.parameters = guest.parameters.set("multifd-channels", 2)
+    await guest.write(guest.blocks["pc.ram"], 0, os.urandom(MiB))
+    await guest.save(request(tmp_path / "checkpoint"))
+    await guest.write(guest.blocks["pc.ram"], MiB // 2, os.urandom(MiB))
+    gc.collect()
+    gc.disable()
+    yield guest
+    gc.enable()
+    guest.close()
+
+
+async def tried(work: Callable[[], Awaitable[str]]) -> bool:
+    """Whether it worked; the error, with all that its traceback holds, is forgotten."""
+    try:
+        await work()
+    except (CkptfsError, OSError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize("call", IO_CALLS)
+async def test_a_save_in_which_a_call_fails(
+    call: str, guest: Guest, tmp_path: Path, expect_log: Callable[[str], None]
+) -> None:
+    path = tmp_path / "again"
+    if call == "preadv":
+        expect_log("can't be read from the checkpoint")
+    before = living()
+    for number in count(1):
+        with FailingCall((call,), number, errno.EIO).installed() as failing:
+            worked = await tried(lambda: guest.save(request(path)))
+        if failing.failed is None:
+            break
+        assert not worked
+        assert not path.exists() or call == "fsync"
+        assert living() == before
+    assert worked
+
+
+async def test_a_save_in_which_every_channel_fails(
+    guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = living()
+
+    def failing(*args: object) -> int:
+        raise OSError(errno.EIO, "Input/output error (injected)")
+
+    for _ in range(3):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwritev", failing)
+            assert not await tried(lambda: guest.save(request(tmp_path / "again")))
+        assert living() == before
+    assert await tried(lambda: guest.save(request(tmp_path / "again")))
+
+
+async def test_a_save_that_is_cancelled_in_each_state(guest: Guest, tmp_path: Path) -> None:
+    before = living()
+    for number in count(1):
+        steps = 0
+
+        def cancel_at_the_step(status: object, number: int = number) -> None:
+            nonlocal steps
+            steps += 1
+            if steps == number:
+                nursery.start_soon(tried, guest.cancel)
+
+        guest.on_status = cancel_at_the_step
+        save = partial(guest.save, request(tmp_path / f"cancelled {number}"))
+        async with trio.open_nursery() as nursery:
+            worked = await tried(save)
+        if steps < number:
+            break
+        assert guest.migration.status == ("completed" if worked else "cancelled")
+        assert worked == (tmp_path / f"cancelled {number}").exists()
+        if not worked:
+            assert living() == before
+        else:
+            before = living()
+    assert number > 3  # setup, active, device, and then completed
