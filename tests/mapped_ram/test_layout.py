@@ -90,6 +90,7 @@ def test_the_header_is_the_first_extent():
         (("x" * 256, 4096), "1 to 255 bytes"),
         (("a\0b", 4096), "NUL"),
         (("x", 1), "multiple"),
+        (("x", 0), "no pages"),
     ],
 )
 def test_blocks_that_no_file_can_hold_are_refused(block, text):
