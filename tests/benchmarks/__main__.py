@@ -34,6 +34,8 @@ def main() -> None:
     names = arguments.names or list(BENCHMARKS)
     if unknown := [name for name in names if name not in BENCHMARKS]:
         raise SystemExit(f"no such benchmark: {', '.join(unknown)}; there are {', '.join(BENCHMARKS)}")
+    if os.geteuid() != 0:
+        raise SystemExit("only root can drop caches and tune a mount: run this as root")
     arguments.directory.mkdir(exist_ok=True)
     print(_machine(arguments.directory), end="\n\n")
     print(heading(), flush=True)
@@ -69,8 +71,7 @@ def _machine(directory: Path) -> str:
         capture_output=True,
     ).stdout.strip()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30
-    caches = "all caches" if os.geteuid() == 0 else "caches of the measured files alone (root could drop all)"
-    return f"{os.cpu_count()} CPUs, {memory} GiB, Linux {os.uname().release}, {kind}; cold: {caches} dropped"
+    return f"{os.cpu_count()} CPUs, {memory} GiB, Linux {os.uname().release}, {kind}"
 
 
 if __name__ == "__main__":

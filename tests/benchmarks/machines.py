@@ -2,14 +2,15 @@
 
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import trio
 
 from tests.benchmarks.rows import GiB, MiB, Row, Samples
-from tests.benchmarks.setting import Mount, Setting, fill, make_cold, settle
+from tests.benchmarks.setting import Mount, Setting, drop_caches, fill, make_cold, settle
 from tests.qemu.guest import Guest, build_guest
 from tests.qemu.machine import Qemu
 from tests.qemu.qmp import Qmp
@@ -102,7 +103,7 @@ async def _pause(monitor: Qmp) -> float:
 
 
 def running(setting: Setting) -> Iterator[Row]:
-    """From the start of mount.ckptfs to a running guest, and stock QEMU's load of the same file."""
+    """From the start of mount.ckptfs to a running guest, and stock QEMU's load of the same file; both cold."""
     for memory in setting.guest_sizes:
         yield from trio.run(_running, setting, memory)
 
@@ -111,48 +112,69 @@ async def _running(setting: Setting, memory: int) -> list[Row]:
     guest = build_guest(setting.directory)
     async with _guest_on_mount(setting, guest, memory) as (mount, *_):
         mount.ctl("save")
-    ours: list[Samples] = [[], [], [], []]
-    theirs: list[Samples] = [[], []]
-
-    async def lazily() -> None:
-        make_cold(setting.checkpoint)
-        started = time.perf_counter()
-        with Mount(setting) as mount:
-            async with Qemu(
-                guest,
-                *_backend(setting, memory),
-                memory=_mebibytes(memory),
-                machine="pc,memory-backend=pc.ram",
-                incoming=f"file:{mount.path}/vmstate",
-            ) as vm:
-                await _until_running(vm)
-                ours[0].append(time.perf_counter() - started)
-                ours[2].append(_mebibytes_read(mount))
-                await vm.tick()
-                ours[1].append(time.perf_counter() - started)
-                ours[3].append(_mebibytes_read(mount))
-
-    async def stock() -> None:
-        make_cold(setting.checkpoint)
-        started = time.perf_counter()
-        async with Qemu(guest, memory=_mebibytes(memory), incoming="defer") as vm:
-            await vm.load(setting.checkpoint, multifd=CHANNELS, direct_io=True)
-            await _until_running(vm)
-            theirs[0].append(time.perf_counter() - started)
-            await vm.tick()
-            theirs[1].append(time.perf_counter() - started)
-
-    for _ in range(setting.rounds):
-        await lazily()
-        await stock()
     size = _name(memory)
     all_of_it = [memory / MiB]
+    rows = []
+    for what, make_cold_for in _COLDNESS.items():
+        ours, theirs = _Starts(), _Starts()
+        for _ in range(setting.rounds):
+            make_cold_for(setting)
+            await _start_lazily(setting, guest, memory, ours)
+            make_cold_for(setting)
+            await _start_stock(setting, guest, memory, theirs)
+        rows += [
+            Row(f"{what}: until the guest runs, {size}", "s", ours.running, theirs.running, STOCK_LOAD),
+            Row(f"{what}: until its first tick, {size}", "s", ours.tick, theirs.tick, STOCK_LOAD),
+        ]
     return [
-        Row(f"mount and QEMU until the guest runs, {size}", "s", ours[0], theirs[0], STOCK_LOAD),
-        Row(f"mount and QEMU until the first tick, {size}", "s", ours[1], theirs[1], STOCK_LOAD),
-        Row(f"read when the guest runs, {size}", "MiB", ours[2], all_of_it, "all of RAM"),
-        Row(f"read at its first tick, {size}", "MiB", ours[3], all_of_it, "all of RAM"),
+        *rows,
+        Row(f"read when the guest runs, {size}", "MiB", ours.read_running, all_of_it, "all of RAM"),
+        Row(f"read at its first tick, {size}", "MiB", ours.read_tick, all_of_it, "all of RAM"),
     ]
+
+
+_COLDNESS: dict[str, Callable[[Setting], None]] = {
+    "checkpoint cold": lambda setting: make_cold(setting.checkpoint),
+    "all caches dropped": lambda setting: drop_caches(),
+}
+
+
+@dataclass(frozen=True)
+class _Starts:
+    """Seconds from the beginning, and MiB of RAM read from the checkpoint by then."""
+
+    running: Samples = field(default_factory=list)
+    tick: Samples = field(default_factory=list)
+    read_running: Samples = field(default_factory=list)
+    read_tick: Samples = field(default_factory=list)
+
+
+async def _start_lazily(setting: Setting, guest: Guest, memory: int, starts: _Starts) -> None:
+    started = time.perf_counter()
+    with Mount(setting) as mount:
+        async with Qemu(
+            guest,
+            *_backend(setting, memory),
+            memory=_mebibytes(memory),
+            machine="pc,memory-backend=pc.ram",
+            incoming=f"file:{mount.path}/vmstate",
+        ) as vm:
+            await _until_running(vm)
+            starts.running.append(time.perf_counter() - started)
+            starts.read_running.append(_mebibytes_read(mount))
+            await vm.tick()
+            starts.tick.append(time.perf_counter() - started)
+            starts.read_tick.append(_mebibytes_read(mount))
+
+
+async def _start_stock(setting: Setting, guest: Guest, memory: int, starts: _Starts) -> None:
+    started = time.perf_counter()
+    async with Qemu(guest, memory=_mebibytes(memory), incoming="defer") as vm:
+        await vm.load(setting.checkpoint, multifd=CHANNELS, direct_io=True)
+        await _until_running(vm)
+        starts.running.append(time.perf_counter() - started)
+        await vm.tick()
+        starts.tick.append(time.perf_counter() - started)
 
 
 async def _until_running(vm: Qemu) -> None:

@@ -117,15 +117,17 @@ def sparse_checkpoint(path: Path, length: int, *, every_page: bool) -> None:
         file.truncate(plan.end_offset)
 
 
-def make_cold(*paths: Path) -> None:
-    """Have the kernel drop what it has cached of files, and as root all else that it has cached."""
-    for path in paths:
-        fd = os.open(path, os.O_RDONLY)
-        os.fsync(fd)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(fd)
-    if os.geteuid() == 0:
-        Path("/proc/sys/vm/drop_caches").write_text("3")
+def make_cold(path: Path) -> None:
+    """Have the kernel drop what it has cached of a file."""
+    fd = os.open(path, os.O_RDONLY)
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+
+
+def drop_caches() -> None:
+    """Have the kernel drop all that it has cached, programs too; only root can."""
+    Path("/proc/sys/vm/drop_caches").write_text("3")
 
 
 def settle(directory: Path) -> None:
