@@ -51,9 +51,12 @@ class Layer:
         return self._view[start * self._page_size : stop * self._page_size]
 
     def discard(self, start: int, stop: int) -> None:
-        """Forget pages [start, stop) and give their memory back."""
+        """Forget pages [start, stop) and give their memory back, as far as it is whole pages of the host."""
         self.present.clear(start, stop)
-        self._memory.madvise(mmap.MADV_REMOVE, start * self._page_size, (stop - start) * self._page_size)
+        first = -(-start * self._page_size // mmap.PAGESIZE) * mmap.PAGESIZE
+        last = stop * self._page_size // mmap.PAGESIZE * mmap.PAGESIZE
+        if first < last:
+            self._memory.madvise(mmap.MADV_REMOVE, first, last - first)
 
     def absorb_some(self, upper: "Layer") -> bool:
         """Move up to 16 MiB of ``upper``'s pages into this layer; return whether any were left to move."""
