@@ -32,7 +32,7 @@ class Target(Protocol):
     """A checkpoint that is being written. All methods block: call them in a worker thread.
 
     The order is `keep_prefix`, the writing of all but the stream's header, `seal`, `publish`; or `discard`
-    instead of whatever is left of it.
+    instead of whatever is left of it. Nothing happens when one that was published is discarded.
     """
 
     @property
@@ -73,6 +73,7 @@ class HandedTarget:
         self._address = address
         self._stream_offset = stream_offset
         self._descriptors = descriptors
+        self._ended = False
 
     def keep_prefix(self) -> None:
         """Cut the file there: what lies before it stays."""
@@ -95,10 +96,15 @@ class HandedTarget:
 
     def publish(self) -> None:
         """It is durable already."""
-        self.file.close()
+        self._close()
 
     def discard(self) -> None:
         """Without its header it is no checkpoint."""
+        if not self._ended:
+            self._close()
+
+    def _close(self) -> None:
+        self._ended = True
         self.file.close()
 
 
@@ -110,6 +116,7 @@ class PathTarget:
         self.path = path
         self._stream_offset = stream_offset
         self._identity = identity
+        self._ended = False
         parent, self._name = os.path.split(path)
         if self._name in ("", ".", ".."):
             raise CommandError(f"{path}: is a directory, not a file to save to", errno.EISDIR)
@@ -176,11 +183,14 @@ class PathTarget:
 
     def discard(self) -> None:
         """Remove what was written; the final name keeps what it had."""
+        if self._ended:
+            return
         with contextlib.suppress(OSError), self._identity.assumed():
             os.unlink(self._temporary, dir_fd=self._directory)
         self._close()
 
     def _close(self) -> None:
+        self._ended = True
         os.close(self._directory)
         self.file.close()
 

@@ -112,7 +112,6 @@ class Base:
             left_out = [block for block in self.checkpoint.blocks if block.idstr not in self.blocks]
             for block in left_out:
                 self.blocks[block.idstr] = _shared_block(block, options, undo)
-            undo.callback(file.close)
             self._resources = undo.pop_all()
         self.shared = frozenset(block.idstr for block in left_out)
         """The blocks whose content the checkpoint leaves in a shared file (x-ignore-shared)."""
@@ -196,13 +195,13 @@ class Base:
     def close(self) -> None:
         """Close the backing file; reads that are under way end first."""
         self._resources.close()
+        self._file.close()
 
     async def aclose(self) -> None:
         """The same, without holding up other tasks: the last close of a file that was replaced frees its blocks."""
-        last = os.dup(self._file.fd)
-        self.close()
+        self._resources.close()
         with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(os.close, last)
+            await trio.to_thread.run_sync(self._file.close)
 
 
 def _mapped_blocks(

@@ -344,10 +344,17 @@ class Guest:
                 upper.close()
 
     async def _rebase(self, epoch: Epoch, base: Base) -> None:
-        """Put the checkpoint that ``epoch`` was saved to below what was written since."""
+        """Put the checkpoint that ``epoch`` was saved to below what was written since.
+
+        It has its final name already, so a lack of memory is no error here: RAM is then read from it.
+        """
+        former = None if self.restored else self.base  # that of a restored guest is closed
         if self.restored:
-            await self._keep_in_memory(epoch)
-        former = self.base
+            try:
+                await self._keep_in_memory(epoch)
+            except OSError as error:
+                log.warning("%s: RAM is no longer all in memory: %s", base.path, error.strerror)
+                self.restored = False
         dropped: list[Layer] = []
         for idstr, frozen in epoch.stacks.items():
             if idstr not in epoch.carried:

@@ -93,6 +93,17 @@ def test_a_discarded_one_leaves_no_trace(directory: Path) -> None:
     assert path.read_bytes() == FORMER
 
 
+def test_one_that_was_published_is_not_discarded(directory: Path) -> None:
+    target = target_for(directory / "vm1")
+    os.pwrite(target.file.fd, NEWER, 0)
+    target.publish()
+    others = [os.open(directory, os.O_RDONLY) for _ in range(3)]  # they get the numbers of those just closed
+    target.discard()
+    assert (directory / "vm1").read_bytes() == NEWER
+    for fd in others:
+        os.close(fd)
+
+
 def test_the_data_is_durable_before_the_name_and_the_name_before_the_return(
     directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

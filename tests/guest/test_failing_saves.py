@@ -1,0 +1,233 @@
+"""Each call of a save fails in its turn: the former checkpoint is whole, RAM goes on, nothing is left over."""
+
+import errno
+import gc
+import os
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+from random import Random
+
+import pytest
+import trio
+
+from ckptfs.errors import StorageError
+from ckptfs.guest.guest import Guest
+from tests.doubles.checkpoints import open_base, ram_in, ram_of, save_request
+from tests.doubles.held_save import held_save
+from tests.doubles.migration_file import Block, MigrationFile
+from tests.doubles.storage import FailingCall, ShortTransfers, open_descriptors
+
+PAGE = 4096
+PAGE_COUNT = 520
+
+
+def random_pages(seed: int) -> dict[int, bytes]:
+    random = Random(seed)
+    return {page: random.randbytes(PAGE) for page in range(PAGE_COUNT) if random.random() < 0.3}
+
+
+async def fresh(golden: Path) -> Guest:
+    del golden
+    return Guest.fresh([("pc.ram", PAGE_COUNT * PAGE)])
+
+
+async def incoming(golden: Path) -> Guest:
+    return Guest.incoming(open_base(golden))
+
+
+async def restored(golden: Path) -> Guest:
+    guest = await incoming(golden)
+    await guest.restore()
+    return guest
+
+
+Maker = Callable[[Path], Awaitable[Guest]]
+
+
+class World:
+    """A guest, the file that it is saved to, and what RAM should hold."""
+
+    def __init__(self, guest: Guest, directory: Path) -> None:
+        self.guest = guest
+        self.guest.capabilities = guest.capabilities.set("multifd", True)
+        self.path = directory / "checkpoint"
+        self._random = Random(1)
+        self.ram = b""
+
+    async def write(self) -> None:
+        """Write into some pages, in whole and in part."""
+        block = self.guest.blocks["pc.ram"]
+        for length in (PAGE, 5, 70 * PAGE):
+            block_offset = self._random.randrange(PAGE_COUNT * PAGE - length)
+            await self.guest.write(block, block_offset, self._random.randbytes(length))
+        self.ram = (await ram_of(self.guest))["pc.ram"]
+
+    async def save(self) -> None:
+        await self.guest.save(save_request(self.path))
+        assert ram_in(self.path)["pc.ram"] == self.ram
+
+    def layers(self) -> int:
+        return len(self.guest.blocks["pc.ram"].stack.layers)
+
+
+@pytest.fixture
+def golden(tmp_path: Path) -> Path:
+    path = tmp_path / "golden"
+    MigrationFile(blocks=[Block("pc.ram", PAGE_COUNT, random_pages(0))]).write(path)
+    return path
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    directory = tmp_path / "ckpt"
+    directory.mkdir()
+    return directory
+
+
+MakeWorld = Callable[[Maker], Awaitable[World]]
+
+
+@pytest.fixture
+def make_world(directory: Path, golden: Path) -> Iterator[MakeWorld]:
+    """`await make_world(incoming)`; in the end nothing stays open."""
+    before = open_descriptors()
+    worlds = []
+
+    async def make_world(make: Maker) -> World:
+        worlds.append(World(await make(golden), directory))
+        await worlds[-1].write()
+        return worlds[-1]
+
+    yield make_world
+    for world in worlds:
+        world.guest.close()
+    gc.collect()  # tracebacks of errors that tests saw hold on to memory
+    assert open_descriptors() == before
+
+
+async def wait_until_open(number: int) -> None:
+    """Threads that were left to themselves when a save failed close their descriptors when they end."""
+    gc.collect()
+    with trio.fail_after(10):
+        while len(open_descriptors()) != number:
+            await trio.lowlevel.checkpoint()
+
+
+CALLS = [
+    (("pwritev",), errno.ENOSPC),
+    (("pwritev",), errno.EINTR),
+    (("pwrite",), errno.ENOSPC),
+    (("preadv", "pread"), errno.EIO),
+    (("fdatasync",), errno.EIO),
+    (("rename",), errno.EACCES),
+    (("open",), errno.EMFILE),
+    (("dup",), errno.EMFILE),
+    (("memfd_create", "ftruncate"), errno.ENOMEM),
+    (("stat", "fstat", "listdir"), errno.EIO),
+]
+
+
+@pytest.mark.parametrize("make", [fresh, incoming, restored])
+@pytest.mark.parametrize(
+    ("calls", "error"), CALLS, ids=["-".join((*calls, errno.errorcode[e])) for calls, e in CALLS]
+)
+async def test_each_call_of_a_save_fails(
+    directory: Path,
+    make_world: MakeWorld,
+    make: Maker,
+    calls: tuple[str, ...],
+    error: int,
+    request: pytest.FixtureRequest,
+) -> None:
+    if "preadv" in calls and make is not restored:
+        request.getfixturevalue("expect_log")(r"page\(s\) .* can't be read from the checkpoint")
+    if "pwrite" in calls and make is restored:
+        request.getfixturevalue("expect_log")("RAM is no longer all in memory: No space left on device")
+    world = await make_world(make)
+    await world.save()
+    open_before, layers_before = len(open_descriptors()), world.layers()
+    for number in count(1):
+        await world.write()
+        former = world.path.read_bytes()
+        noticed = None
+        with FailingCall(calls, number, error).installed() as failing:
+            try:
+                await world.guest.save(save_request(world.path))
+            except StorageError as problem:
+                noticed = problem.errno
+        if noticed is None:
+            assert ram_in(world.path)["pc.ram"] == world.ram
+        else:
+            assert noticed in (error, errno.EIO)
+            assert world.path.read_bytes() == former
+        assert os.listdir(directory) == ["checkpoint"]
+        assert (await ram_of(world.guest))["pc.ram"] == world.ram
+        if make is restored and not world.guest.restored:
+            await world.guest.restore()  # there was no memory to keep it all
+        await wait_until_open(open_before)
+        assert world.layers() == layers_before
+        await world.save()
+        await wait_until_open(open_before)
+        assert world.layers() == layers_before
+        if failing.failed is None:
+            break
+
+
+async def test_a_name_that_may_be_lost_is_an_error(directory: Path, make_world: MakeWorld) -> None:
+    """The directory can't be synced after the rename: the new checkpoint is there and whole, but not for sure."""
+    world = await make_world(incoming)
+    await world.save()
+    before = len(open_descriptors())
+    await world.write()
+    with FailingCall(("fsync",), 1, errno.EIO).installed(), pytest.raises(StorageError, match="injected"):
+        await world.guest.save(save_request(world.path))
+    assert ram_in(world.path)["pc.ram"] == world.ram
+    assert os.listdir(directory) == ["checkpoint"]
+    await wait_until_open(before)
+    await world.write()
+    await world.save()
+
+
+@pytest.mark.parametrize(("granularity", "direct_io"), [(1, False), (1000, False), (4096, True)])
+async def test_short_reads_and_writes_make_the_same_file(
+    make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch, granularity: int, direct_io: bool
+) -> None:
+    world = await make_world(incoming)
+    world.guest.parameters = replace(world.guest.parameters, direct_io=direct_io)
+    await world.save()
+    faultless = world.path.read_bytes()
+    short = ShortTransfers(monkeypatch, granularity)
+    await world.guest.save(save_request(world.path))
+    assert len(short.counts) > 50
+    monkeypatch.undo()
+    assert world.path.read_bytes() == faultless
+
+
+async def test_a_failed_save_of_what_is_written_meanwhile(directory: Path, make_world: MakeWorld) -> None:
+    world = await make_world(incoming)
+    await world.save()
+    for _ in range(3):
+        former = world.path.read_bytes()
+        async with held_save(world.guest, save_request(world.path)) as save:
+            await world.write()
+            save.fails = True
+        assert isinstance(save.error, StorageError)
+        assert save.error.errno == errno.ENOSPC
+        assert world.path.read_bytes() == former
+        assert os.listdir(directory) == ["checkpoint"]
+        assert (await ram_of(world.guest))["pc.ram"] == world.ram
+        assert world.layers() == 1
+    await world.save()
+
+
+async def test_a_place_that_is_refused_costs_nothing(directory: Path, make_world: MakeWorld) -> None:
+    world = await make_world(incoming)
+    before = len(open_descriptors())
+    for path in (directory / "missing" / "checkpoint", directory):
+        with pytest.raises(Exception, match=str(path)):
+            await world.guest.save(save_request(path))
+        await wait_until_open(before)
+        assert world.layers() == 1
+    await world.save()
