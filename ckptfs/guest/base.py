@@ -115,7 +115,7 @@ class Base:
             self._resources = undo.pop_all()
         self.shared = frozenset(block.idstr for block in left_out)
         """The blocks whose content the checkpoint leaves in a shared file (x-ignore-shared)."""
-        self.direct_io = channels.direct_io
+        self.direct_io = channels.direct_io if direct_io.wanted else None
         self._buffers = AlignedBuffers()
         self._in_flight: dict[str, list[_Fetch]] = {idstr: [] for idstr in self.blocks}
 

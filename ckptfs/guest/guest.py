@@ -109,7 +109,7 @@ class Guest:
         self.base = base
         self.page_size = page_size
         self.direct_io = None if base is None else base.direct_io
-        """Whether pages went past the page cache of the backing file when it was last used."""
+        """Whether pages went past the page cache of the backing file when that was last tried."""
         self.read_only = False
         self.restored = False
         """Whether all RAM is in memory, so that no backing file is needed."""
@@ -461,7 +461,7 @@ class Guest:
             written = await write(
                 target.file, request.stream_offset, image, epoch, self._save_options(), migration.progress
             )
-            self.direct_io = written.direct_io
+            self.direct_io = self.direct_io if written.direct_io is None else written.direct_io
             migration.advance(MigrationStatus.DEVICE)
             with trio.CancelScope(shield=True):  # either it is published, or it is not
                 base = await trio.to_thread.run_sync(self._publish, target, written, request.stream_offset)

@@ -63,10 +63,13 @@ class SaveOptions:
 
 @dataclass(frozen=True)
 class Written:
-    """What is left to do: the stream's header, position and bytes; and whether pages bypassed the page cache."""
+    """What is left to do: the stream's header, position and bytes; and whether pages bypassed the page cache.
+
+    ``direct_io`` is None where that was not tried.
+    """
 
     header: tuple[int, bytes]
-    direct_io: bool
+    direct_io: bool | None
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ async def write_checkpoint(
         (block.bitmap_offset or 0, blocks[block.idstr].file_bmap.to_bytes(image.bitmap_byteorder)) for block in kept
     ]
     await trio.to_thread.run_sync(_write_extents, file.fd, bitmaps)
-    return Written(plan.header, channels.direct_io)
+    return Written(plan.header, channels.direct_io if options.direct_io.wanted else None)
 
 
 def data_windows(with_data: dict[str, PagesBitmap], page_size: int) -> Iterator[Window]:

@@ -53,7 +53,7 @@ async def write_stream(
         await stream.append(lambda: _Records([memoryview(after)]))
     finally:
         channels.close()
-    return Written((stream_offset, before), direct_io=False)
+    return Written((stream_offset, before), direct_io=None)
 
 
 @dataclass(frozen=True)
