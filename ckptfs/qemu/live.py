@@ -4,9 +4,14 @@ RAM lies in files of the mount, so QEMU has only to write its device state: capa
 shared, file-backed RAM out of the stream (migration/ram.c, migrate_ram_is_ignored, since 4.0). The guest is
 paused from ``stop`` to ``cont``; in between lie the device state, the last pages that the kernel still holds, and
 the switch to a new epoch. Pages are written afterwards, in the background.
+
+The device state comes through a pipe. QEMU closes its end when the migration is over, whichever way
+(migration/migration.c, migration_cleanup): so its end of file is awaited, and no event.
 """
 
 import contextlib
+import errno
+import fcntl
 import logging
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -16,7 +21,7 @@ from typing import Any, Generic, TypeVar
 
 import trio
 
-from ckptfs.errors import QemuError, StateError
+from ckptfs.errors import CkptfsError, QemuError, StateError
 from ckptfs.qemu.monitor import Monitor
 
 log = logging.getLogger(__name__)
@@ -24,13 +29,20 @@ log = logging.getLogger(__name__)
 E = TypeVar("E")
 
 DEVICE_STATE_LIMIT = 1 << 30
-_FD_NAME = "ckptfs"
+PIPE_LENGTH = 1 << 20
+"""Bytes: the device state of most machines, so that QEMU need not wait for us."""
+
 FLUSH_ROUNDS = 8
 FLUSHED_ENOUGH = 0.004
 """Seconds: a flush that takes no longer than this need not be repeated while the guest runs."""
 
-CAPABILITIES = ("x-ignore-shared", "events")
+CAPABILITIES = ("x-ignore-shared",)
 """On while the device state is taken; every other capability is off."""
+
+PARAMETERS = {"max-bandwidth": 0, "tls-creds": "", "mode": "normal"}
+"""Set while the device state is taken: no limit, no TLS (not through a pipe), no cpr."""
+
+_FD_NAME = "ckptfs"
 
 
 @dataclass(frozen=True)
@@ -47,29 +59,30 @@ class Capture(Generic[E]):
 
 
 async def capture(monitor: Monitor, flush: Callable[[], Awaitable[None]], freeze: Callable[[], E]) -> Capture[E]:
-    """Stop the guest, take its device state and the epoch, and let it go on; the guest's state is as before.
+    """Stop the guest, take its device state and the epoch, and let it go on.
 
-    Raises QemuError or StateError, whose text names the step; a guest that ran runs again then.
+    Afterwards, also after any error, a guest that ran runs; one that was paused stays paused, in QEMU's state
+    postmigrate, from which QEMU does not migrate once more before it has run. Capabilities and parameters are
+    as before. Raises QemuError or StateError, whose text names the step.
     """
     run_state = await _run_state(monitor)
-    async with _capabilities_set(monitor):
+    async with _migration_settings(monitor), _pipe_from_qemu(monitor) as pipe:
         if run_state == "running":
             await _flush_until_it_settles(flush)
         started = trio.current_time()
         async with _paused(monitor, run_state):
-            stream = await _device_state(monitor)
+            stream = await _device_state(monitor, pipe)
             await flush()
             epoch = freeze()
         downtime = trio.current_time() - started if run_state == "running" else 0.0
+        await _check_completed(monitor)
     return Capture(epoch, stream, run_state, downtime)
 
 
 async def _run_state(monitor: Monitor) -> str:
     state: str = (await monitor.execute("query-status"))["status"]
     if state not in ("running", "paused", "prelaunch"):
-        raise StateError(
-            f"the guest is in state {state!r}, from which QEMU does not migrate: bring it to running or paused"
-        )
+        raise StateError(f"the guest is in state {state!r}: bring it to running or paused, then save")
     return state
 
 
@@ -91,82 +104,113 @@ async def _paused(monitor: Monitor, run_state: str) -> AsyncIterator[None]:
     if run_state != "running":
         yield
         return
-    await monitor.execute("stop")
     try:
+        await monitor.execute("stop")
         yield
-    finally:
-        with trio.CancelScope(shield=True):
+    except BaseException as error:
+        await _let_go_on(monitor, error)
+        raise
+    await _let_go_on(monitor)
+
+
+async def _let_go_on(monitor: Monitor, cause: BaseException | None = None) -> None:
+    """Have the guest run again; ``cause`` is what went wrong before."""
+    with trio.CancelScope(shield=True):
+        try:
             await monitor.execute("cont")
+        except QemuError as error:
+            text = cause if isinstance(cause, CkptfsError) else error
+            raise QemuError(
+                f"{text}; if QEMU still runs, its guest is stopped: send it `cont`", error.errno
+            ) from cause
 
 
 @asynccontextmanager
-async def _capabilities_set(monitor: Monitor) -> AsyncIterator[None]:
-    """Set QEMU's capabilities and bandwidth for the device state, and put them back as they were found."""
-    found = {entry["capability"]: entry["state"] for entry in await monitor.execute("query-migrate-capabilities")}
-    bandwidth = (await monitor.execute("query-migrate-parameters"))["max-bandwidth"]
-    changed = {name: name in CAPABILITIES for name, state in found.items() if state != (name in CAPABILITIES)}
-    await _set_capabilities(monitor, changed)
+async def _migration_settings(monitor: Monitor) -> AsyncIterator[None]:
+    """Set QEMU's capabilities and parameters for the device state, and put them back as they were found."""
+    listed = await monitor.execute("query-migrate-capabilities")
+    capabilities = {entry["capability"]: entry["state"] for entry in listed}
+    capabilities = {name: state for name, state in capabilities.items() if state != (name in CAPABILITIES)}
+    parameters = await monitor.execute("query-migrate-parameters")
+    parameters = {name: parameters[name] for name, ours in PARAMETERS.items() if parameters.get(name, ours) != ours}
+    with trio.CancelScope(shield=True):  # either it is set, or it is not
+        await _set_capabilities(monitor, {name: not state for name, state in capabilities.items()})
     try:
-        await monitor.execute("migrate-set-parameters", max_bandwidth=0)
+        await _set_parameters(monitor, {name: PARAMETERS[name] for name in parameters})
         yield
     finally:
         with trio.CancelScope(shield=True):
-            try:
-                await monitor.execute("migrate-set-parameters", max_bandwidth=bandwidth)
-                await _set_capabilities(monitor, {name: not state for name, state in changed.items()})
-            except QemuError as error:
-                log.warning("QEMU's migration capabilities could not be put back as found: %s", error)
+            await _put_back(_set_parameters(monitor, parameters))
+            await _put_back(_set_capabilities(monitor, capabilities))
+
+
+async def _put_back(setting: Awaitable[None]) -> None:
+    try:
+        await setting
+    except QemuError as error:
+        log.warning("QEMU's migration settings could not be put back as they were: %s", error)
 
 
 async def _set_capabilities(monitor: Monitor, states: dict[str, bool]) -> None:
-    # switched off first: some exclude one another
-    for wanted in (False, True):
-        entries: list[dict[str, Any]] = [
-            {"capability": name, "state": state} for name, state in states.items() if state is wanted
-        ]
-        if entries:
-            await monitor.execute("migrate-set-capabilities", capabilities=entries)
+    """Set all of them in one command: QEMU checks then which of them go together, and not in between."""
+    if states:
+        entries = [{"capability": name, "state": state} for name, state in states.items()]
+        await monitor.execute("migrate-set-capabilities", capabilities=entries)
 
 
-async def _device_state(monitor: Monitor) -> bytes:
-    """Have QEMU migrate its device state into a pipe; no file is needed for it."""
+async def _set_parameters(monitor: Monitor, values: dict[str, Any]) -> None:
+    if values:
+        await monitor.execute("migrate-set-parameters", **values)
+
+
+@asynccontextmanager
+async def _pipe_from_qemu(monitor: Monitor) -> AsyncIterator[trio.lowlevel.FdStream]:
+    """The reading end of a pipe whose other end QEMU has, as descriptor `_FD_NAME`; no file is needed."""
     receiver, sender = os.pipe()
-    received: list[bytes] = []
-
-    async def receive() -> None:
-        # the thread closes its descriptor by itself: it may outlive this task
-        received.append(await trio.to_thread.run_sync(_read_to_end, receiver, abandon_on_cancel=True))
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(receive)
+    async with trio.lowlevel.FdStream(receiver) as pipe:
         try:
-            await monitor.send_descriptor(_FD_NAME, sender)
-        finally:
-            os.close(sender)
-        monitor.forget_events()
-        try:
-            await monitor.execute("migrate", uri=f"fd:{_FD_NAME}")
-        except QemuError:
-            with contextlib.suppress(QemuError):
-                await monitor.execute("closefd", fdname=_FD_NAME)
+            try:
+                with contextlib.suppress(PermissionError):  # others of this user have large pipes already
+                    fcntl.fcntl(sender, fcntl.F_SETPIPE_SZ, PIPE_LENGTH)
+                await monitor.send_descriptor(_FD_NAME, sender)
+            finally:
+                os.close(sender)
+            yield pipe
+        except BaseException:
+            with trio.CancelScope(shield=True), contextlib.suppress(QemuError):
+                await monitor.execute("closefd", fdname=_FD_NAME)  # refused if a migration has taken it
             raise
-        status = await monitor.migration_ended()
-        if status != "completed":
-            reason = (await monitor.execute("query-migrate")).get("error-desc", "no reason given")
-            raise QemuError(f"QEMU's migration of its device state {status}: {reason}")
-    return received[0]
 
 
-def _read_to_end(fd: int) -> bytes:
-    """Read a pipe until the other end is closed, and close it."""
-    parts = []
-    length = 0
+async def _device_state(monitor: Monitor, pipe: trio.lowlevel.FdStream) -> bytes:
+    """Have QEMU migrate its device state into the pipe; when this ends, the migration has ended."""
+    with trio.CancelScope(shield=True):  # either it has begun, or it has not
+        await monitor.execute("migrate", uri=f"fd:{_FD_NAME}")
+    stream = bytearray()
     try:
-        while part := os.read(fd, 1 << 20):
-            parts.append(part)
-            length += len(part)
-            if length > DEVICE_STATE_LIMIT:
+        while part := await _receive(monitor, pipe):
+            stream += part
+            if len(stream) > DEVICE_STATE_LIMIT:
                 raise QemuError(f"the device state is larger than {DEVICE_STATE_LIMIT} bytes")
-    finally:
-        os.close(fd)
-    return b"".join(parts)
+    except BaseException:
+        with trio.CancelScope(shield=True), contextlib.suppress(QemuError):
+            await monitor.execute("migrate_cancel")
+            while await _receive(monitor, pipe):
+                pass
+        raise
+    return bytes(stream)
+
+
+async def _receive(monitor: Monitor, pipe: trio.lowlevel.FdStream) -> bytes | bytearray:
+    with trio.move_on_after(monitor.deadline):
+        return await pipe.receive_some(PIPE_LENGTH)
+    raise QemuError(f"migrate: no device state came from QEMU in {monitor.deadline:g} s", errno.ETIMEDOUT)
+
+
+async def _check_completed(monitor: Monitor) -> None:
+    """See how the migration ended: a stream that was cut short looks like any other here."""
+    migration = await monitor.execute("query-migrate")
+    status = migration.get("status", "none")
+    if status != "completed":
+        reason = migration.get("error-desc", "no reason given")
+        raise QemuError(f"QEMU's migration of its device state ended as {status!r}: {reason}")

@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 import contextlib
 import errno
+import logging
 import socket
 import threading
 from collections.abc import AsyncIterator, Coroutine
@@ -11,7 +12,7 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 import trio
-from qemu.qmp import ConnectError, EventListener, ExecuteError, QMPClient, QMPError
+from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError
 
 from ckptfs.channels.identity import Identity
 from ckptfs.errors import QemuError
@@ -21,22 +22,28 @@ T = TypeVar("T")
 DEADLINE = 30.0
 """Seconds that QEMU has for any one answer."""
 
+_LAST_CHANCE = 1.0
+"""Seconds for each further answer once QEMU has missed a deadline: it answers in order."""
+
+# what the library would log comes as an exception as well
+logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
+
 
 class Monitor:
-    """One QMP connection, within `connected`. Methods raise QemuError, naming the command."""
+    """One QMP connection, within `connected`. Methods raise QemuError, naming the command.
 
-    def __init__(self, client: QMPClient, events: EventListener, loop: asyncio.AbstractEventLoop) -> None:
+    ``deadline`` is the time in seconds that QEMU has for the next answer.
+    """
+
+    def __init__(self, client: QMPClient, loop: asyncio.AbstractEventLoop, deadline: float) -> None:
         self._client = client
-        self._events = events
         self._loop = loop
+        self.deadline = deadline
 
     async def execute(self, command: str, **arguments: Any) -> Any:
         """Run a QMP command; ``_`` in the names of arguments stands for ``-``."""
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
-        try:
-            return await self._in_loop(self._client.execute(command, named or None))
-        except ExecuteError as error:
-            raise QemuError(f"QEMU refused {command}: {error}") from error
+        return await self._answer_to(command, self._client.execute(command, named or None))
 
     async def send_descriptor(self, name: str, fd: int) -> None:
         """Hand ``fd`` to QEMU under ``name`` (QMP getfd)."""
@@ -45,96 +52,110 @@ class Monitor:
             self._client.send_fd_scm(fd)
             await self._client.execute("getfd", {"fdname": name})
 
+        await self._answer_to("getfd", send())
+
+    async def _answer_to(self, command: str, coroutine: Coroutine[Any, Any, T]) -> T:
         try:
-            await self._in_loop(send())
-        except ExecuteError as error:
-            raise QemuError(f"QEMU refused getfd: {error}") from error
-
-    async def migration_ended(self) -> str:
-        """Wait for the end of the migration that was just started; return its last status."""
-        while True:
-            event: Any = await self._in_loop(self._events.get())
-            status: str = event["data"]["status"]
-            if status in ("completed", "failed", "cancelled"):
-                return status
-
-    def forget_events(self) -> None:
-        """Drop what came before."""
-        self._events.clear()
-
-    async def _in_loop(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine in the library's loop and wait for it here."""
-        trio_token = trio.lowlevel.current_trio_token()
-        done = trio.Event()
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-
-        def wake(_: concurrent.futures.Future[T]) -> None:
-            with contextlib.suppress(trio.RunFinishedError):
-                trio_token.run_sync_soon(done.set)
-
-        future.add_done_callback(wake)
-        try:
-            with trio.fail_after(DEADLINE):
-                await done.wait()
+            with trio.fail_after(self.deadline):
+                return await _run_in(self._loop, coroutine)
         except trio.TooSlowError:
-            future.cancel()
-            raise QemuError(f"QEMU gave no answer in {DEADLINE:g} s", errno.ETIMEDOUT) from None
-        except trio.Cancelled:
-            future.cancel()
-            raise
-        try:
-            return future.result()
-        except ExecuteError:
-            raise
-        except (QMPError, EOFError, OSError, asyncio.CancelledError) as error:
-            raise QemuError(f"the connection to QEMU broke: {str(error) or 'end of file'}", errno.EPIPE) from error
+            error = QemuError(f"{command}: QEMU gave no answer in {self.deadline:g} s", errno.ETIMEDOUT)
+            self.deadline = min(self.deadline, _LAST_CHANCE)
+            raise error from None
+        except ExecuteError as error:
+            raise QemuError(f"QEMU refused {command}: {error}") from error
+        except (QMPError, EOFError, OSError) as error:
+            raise QemuError(f"{command}: the connection to QEMU broke", errno.EPIPE) from error
 
 
 @asynccontextmanager
-async def connected(path: str, identity: Identity) -> AsyncIterator[Monitor]:
-    """Connect to the QMP socket at ``path``, as ``identity`` may; raises QemuError if nobody answers there."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=_run_loop, args=(loop,), name="qmp", daemon=True)
-    thread.start()
-    client = QMPClient("ckptfs")
-    events = EventListener("MIGRATION")
-    client.register_listener(events)
-    monitor = Monitor(client, events, loop)
+async def connected(path: str, identity: Identity, deadline: float = DEADLINE) -> AsyncIterator[Monitor]:
+    """Connect to the QMP socket at ``path``, as ``identity`` may; raises QemuError if no QEMU answers there."""
     try:
+        connection = await trio.to_thread.run_sync(_connect, path, identity)
+    except OSError as error:
+        raise QemuError(f"QMP socket {path}: {error.strerror}", error.errno) from error
+    async with _loop_in_thread() as loop:
+        client = QMPClient("ckptfs")
         try:
-            connection = await trio.to_thread.run_sync(_connect, path, identity)
-        except OSError as error:
-            raise QemuError(f"QMP socket {path}: {error.strerror}", error.errno) from error
-        try:
-            await monitor._in_loop(client.connect(connection))
-        except ConnectError as error:
-            raise QemuError(f"QMP socket {path}: {error}") from error
-        try:
-            yield monitor
+            await _greet(loop, client, connection, path, deadline)
+            yield Monitor(client, loop, deadline)
         finally:
-            with trio.CancelScope(shield=True), contextlib.suppress(QemuError):
-                await monitor._in_loop(client.disconnect())
+            with trio.move_on_after(deadline, shield=True):
+                await _run_in(loop, _disconnect(client))
+
+
+async def _greet(
+    loop: asyncio.AbstractEventLoop, client: QMPClient, connection: socket.socket, path: str, deadline: float
+) -> None:
+    """Begin the session on a connection, which is the client's from here on."""
+    try:
+        with trio.fail_after(deadline):
+            await _run_in(loop, client.connect(connection))
+    except trio.TooSlowError:
+        raise QemuError(
+            f"QMP socket {path}: no greeting in {deadline:g} s; it serves one client at a time: "
+            "give QEMU a second -qmp, for ckptfs alone",
+            errno.ETIMEDOUT,
+        ) from None
+    except ConnectError as error:
+        raise QemuError(f"QMP socket {path}: what answers there, if anything, is no QMP") from error
+
+
+async def _disconnect(client: QMPClient) -> None:
+    """End the session; how the connection has ended before does not matter any more."""
+    with contextlib.suppress(Exception):
+        await client.disconnect()
+
+
+async def _run_in(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine in the library's loop and wait for it here; if this is cancelled, so is that."""
+    trio_token = trio.lowlevel.current_trio_token()
+    done = trio.Event()
+    future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+
+    def wake(_: concurrent.futures.Future[T]) -> None:
+        with contextlib.suppress(trio.RunFinishedError):
+            trio_token.run_sync_soon(done.set)
+
+    future.add_done_callback(wake)
+    try:
+        await done.wait()
+    except trio.Cancelled:
+        future.cancel()
+        raise
+    return future.result()
+
+
+@asynccontextmanager
+async def _loop_in_thread() -> AsyncIterator[asyncio.AbstractEventLoop]:
+    """An asyncio loop that runs within this; tasks that are left at the end are cancelled, and end."""
+    started: concurrent.futures.Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = (
+        concurrent.futures.Future()
+    )
+
+    async def run() -> None:
+        over = asyncio.Event()
+        started.set_result((asyncio.get_running_loop(), over))
+        await over.wait()
+
+    thread = threading.Thread(target=asyncio.run, args=(run(),), name="qmp", daemon=True)
+    thread.start()
+    loop, over = started.result()
+    try:
+        yield loop
     finally:
-        loop.call_soon_threadsafe(loop.stop)
+        loop.call_soon_threadsafe(over.set)
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(thread.join)
-
-
-def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
-    asyncio.set_event_loop(loop)
-    try:
-        loop.run_forever()
-    finally:
-        loop.close()
 
 
 def _connect(path: str, identity: Identity) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        connection.settimeout(DEADLINE)
+        connection.setblocking(False)
         with identity.assumed():
             connection.connect(path)
-        connection.setblocking(False)
     except BaseException:
         connection.close()
         raise
