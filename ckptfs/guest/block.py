@@ -138,7 +138,8 @@ class GuestBlock:
         Return the layers that are not needed any more, for the caller to close.
         """
         newer = self.stack.written[: len(self.stack.written) - len(frozen.written)]
-        self.received = self.received.union(_union(self.page_count, frozen.written))
+        received = base.file_bmap if keep_restored else _union(self.page_count, frozen.written)
+        self.received = self.received.union(received)
         self.stack = PageStack(self.page_count, newer, frozen.restored if keep_restored else None, base)
         return frozen.written if keep_restored else frozen.layers
 
@@ -150,7 +151,7 @@ class GuestBlock:
         former = self.stack
         (layer,) = carried.written
         fresh = Layer(self.idstr, self.page_count, self.page_size)
-        self.received = PagesBitmap(self.page_count)
+        self.received = base.file_bmap.copy() if keep_restored else PagesBitmap(self.page_count)
         self.stack = PageStack(self.page_count, (fresh,), layer if keep_restored else None, base)
         return former.layers if keep_restored else (*former.layers, layer)
 

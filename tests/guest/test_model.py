@@ -192,6 +192,8 @@ class Run:
             page for page, state in enumerate(states) if state == PageState.WRITTEN.value
         } == self.model.written[block.idstr]
         assert {state: states.count(state.value) for state in PageState} == block.page_counts()
+        if self.guest.restored:
+            assert PageState.IN_CHECKPOINT.value not in states
         for page, state in enumerate(states):
             if state == PageState.ZERO.value:
                 start = page * block.page_size
