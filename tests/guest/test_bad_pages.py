@@ -168,9 +168,7 @@ async def test_bad_pages_can_not_be_saved(guest: Guest, bad_sectors: BadSectors,
     assert ram_in(path)["pc.ram"] == b"written" + GOLDEN[7:]
 
 
-async def test_bad_pages_can_not_be_restored_but_all_others_serve_on(
-    guest: Guest, bad_sectors: BadSectors
-) -> None:
+async def test_bad_pages_can_not_be_restored_but_all_others_serve_on(guest: Guest, bad_sectors: BadSectors) -> None:
     bad_sectors.pages = {25}
     with pytest.raises(StorageError, match=r"pc\.ram: page 25 can't be read"):
         await guest.restore()
