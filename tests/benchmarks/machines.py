@@ -75,6 +75,7 @@ async def _live(setting: Setting, memory: int) -> list[Row]:
 @asynccontextmanager
 async def _guest_on_mount(setting: Setting, guest: Guest, memory: int) -> AsyncIterator[tuple[Mount, Qemu, Qmp]]:
     """A new guest that ticks, no page of its RAM zero; and a monitor that keeps its events whole."""
+    setting.checkpoint.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="benchmark-") as sockets:
         path = Path(sockets) / "events"
         vm = Qemu(
