@@ -36,8 +36,11 @@ FLUSH_ROUNDS = 8
 FLUSHED_ENOUGH = 0.004
 """Seconds: a flush that takes no longer than this need not be repeated while the guest runs."""
 
-CAPABILITIES = ("x-ignore-shared",)
-"""On while the device state is taken; every other capability is off."""
+CAPABILITIES = ("x-ignore-shared", "validate-uuid")
+"""On while the device state is taken; every other capability is off.
+
+validate-uuid has QEMU send the guest's uuid; a checkpoint keeps it if the capability is on here too.
+"""
 
 PARAMETERS = {"max-bandwidth": 0, "tls-creds": "", "mode": "normal"}
 """Set while the device state is taken: no limit, no TLS (not through a pipe), no cpr."""

@@ -1,6 +1,7 @@
 """Capability x-ignore-shared: RAM that stays in a file of its own, written by stock QEMU and by a mount."""
 
 import errno
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ async def test_pages_that_were_written_are_not_left_out(
     ) as error:
         mounted.ctl(f"save {again}")
     assert error.value.errno == errno.EPERM
-    assert sorted(path.name for path in tmp_path.glob("*again*")) == []
+    assert not any("again" in name for name in os.listdir(tmp_path))
     mounted.ctl("migrate_set_capability x-ignore-shared off")
     mounted.ctl(f"save {again}")  # with all RAM, from now on also in the mount
     saved = decode(again)

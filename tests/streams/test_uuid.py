@@ -10,6 +10,8 @@ from ckptfs.mapped_ram.checkpoint import Checkpoint, read_checkpoint
 from ckptfs.mapped_ram.precopy import read_precopy
 from tests.mount.conftest import Mount
 from tests.mount.harness import run_mount
+from tests.qemu.guest import Guest
+from tests.qemu.machine import Qemu
 from tests.qemu.stock_checkpoint import StockCheckpoints
 
 OURS = UUID("11111111-2222-3333-4444-555555555555")
@@ -79,3 +81,27 @@ def test_a_new_guest_has_the_uuid_of_its_mount(options: str, mount: Mount, tmp_p
         checkpoint = read_precopy(source).checkpoint if "off" in options else read_checkpoint(source)[0]
     assert checkpoint.uuid == OURS
     assert "configuration/uuid" in described(checkpoint)
+
+
+@pytest.mark.parametrize("local", [OURS, OTHER])
+async def test_a_live_checkpoint_has_the_uuid_of_its_machine(
+    local: UUID, guest_files: Guest, mount: Mount, tmp_path: Path
+) -> None:
+    path = tmp_path / "checkpoint"
+    mounted = mount(path, f"ram=pc.ram:128M,uuid={local},validate_uuid=on")
+    backend = f"memory-backend-file,id=pc.ram,size=128M,mem-path={mounted.ram}/pc.ram,share=on"
+    machine = "pc,memory-backend=pc.ram"
+    async with Qemu(guest_files, "-object", backend, "-uuid", str(OURS), machine=machine) as vm:
+        await vm.tick()
+        mounted.ctl(f"qmp {vm.qmp_path}")
+        if local == OURS:
+            mounted.ctl("save")
+            assert read(path).uuid == OURS
+        else:
+            with pytest.raises(OSError, match=f"UUID received is {OURS} and local is {OTHER}"):
+                mounted.ctl("save")
+            assert not path.exists()
+        mounted.ctl("migrate_set_capability validate-uuid off")
+        mounted.ctl("save")
+        assert read(path).uuid is None
+        await vm.tick()
