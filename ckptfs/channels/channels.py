@@ -58,6 +58,8 @@ class Channels:
         self.channel_count = len(channels)
         self._deadline = deadline
         self._idle = list(channels)
+        self._open_count = len(channels)
+        self._all_closed = trio.Event()
         self._urgent: deque[_Turn] = deque()
         self._background: deque[_Turn] = deque()
         self._limiter = trio.CapacityLimiter(math.inf)  # the channels themselves are the limit
@@ -133,7 +135,7 @@ class Channels:
     def _release(self, channel: Channel) -> None:
         queue = self._urgent or self._background
         if self._closed:
-            channel.close()
+            self._close(channel)
         elif queue:
             turn = queue.popleft()
             turn.channel = channel
@@ -149,7 +151,19 @@ class Channels:
         self._urgent.clear()
         self._background.clear()
         while self._idle:
-            self._idle.pop().close()
+            self._close(self._idle.pop())
+
+    async def aclose(self) -> None:
+        """Close, and wait for payloads that still run: none may touch the file later. Not past the deadline."""
+        self.close()
+        with trio.move_on_after(self._deadline, shield=True):
+            await self._all_closed.wait()
+
+    def _close(self, channel: Channel) -> None:
+        channel.close()
+        self._open_count -= 1
+        if not self._open_count:
+            self._all_closed.set()
 
 
 class _Turn:

@@ -115,7 +115,7 @@ async def write_checkpoint(
                     _write_windows, windows, buffers, channels, blocks, image.page_size, epoch, options, progress
                 )
     finally:
-        channels.close()
+        await channels.aclose()
     bitmaps = [
         (block.bitmap_offset or 0, blocks[block.idstr].file_bmap.to_bytes(image.bitmap_byteorder)) for block in kept
     ]

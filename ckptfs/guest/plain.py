@@ -52,7 +52,7 @@ async def write_stream(
                 await stream.append(partial(_window, window, data, page_size, look_for_zeros=look_for_zeros))
         await stream.append(lambda: _Records([memoryview(after)]))
     finally:
-        channels.close()
+        await channels.aclose()
     return Written((stream_offset, before), direct_io=None)
 
 

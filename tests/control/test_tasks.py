@@ -3,13 +3,16 @@
 import errno
 import gc
 import os
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
 from ckptfs.channels.identity import Identity
 from ckptfs.errors import CkptfsError
@@ -125,3 +128,28 @@ async def test_a_save_that_is_cancelled_in_each_state(guest: Guest, tmp_path: Pa
         else:
             before = living()
     assert number > 3  # setup, active, device, and then completed
+
+
+async def test_a_save_is_over_only_when_nothing_writes_any_more(
+    guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = living()
+    inside, may_go_on = threading.Event(), threading.Event()
+    pwritev = os.pwritev
+
+    def held(*args: Any) -> int:
+        inside.set()
+        may_go_on.wait()
+        return pwritev(*args)
+
+    monkeypatch.setattr(os, "pwritev", held)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(tried, lambda: guest.save(request(tmp_path / "again")))
+        await trio.to_thread.run_sync(inside.wait)
+        nursery.start_soon(tried, guest.cancel)
+        await trio.testing.wait_all_tasks_blocked()
+        assert guest.migration.status == "cancelling"
+        may_go_on.set()
+    assert guest.migration.status == "cancelled"
+    assert living() == before
+    assert os.listdir(tmp_path) == ["checkpoint"]
