@@ -73,11 +73,12 @@ class HandedTarget:
         self._address = address
         self._stream_offset = stream_offset
         self._descriptors = descriptors
-        self._ended = False
+        self._begun = self._ended = False
 
     def keep_prefix(self) -> None:
         """Cut the file there: what lies before it stays."""
         os.ftruncate(self.file.fd, self._stream_offset)
+        self._begun = True
 
     def seal(self, file_offset: int, header: bytes) -> None:
         """Write the header when all else is durable."""
@@ -99,9 +100,13 @@ class HandedTarget:
         self._close()
 
     def discard(self) -> None:
-        """Without its header it is no checkpoint."""
-        if not self._ended:
-            self._close()
+        """Cut off what was written: no room is taken by what is no checkpoint."""
+        if self._ended:
+            return
+        if self._begun:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self.file.fd, self._stream_offset)
+        self._close()
 
     def _close(self) -> None:
         self._ended = True

@@ -119,6 +119,10 @@ class Base:
         self._buffers = AlignedBuffers()
         self._in_flight: dict[str, list[_Fetch]] = {idstr: [] for idstr in self.blocks}
 
+    def lies_in(self, file: BackingFile) -> bool:
+        """Whether ``file`` is the one that this checkpoint is in; not to be asked once it is closed."""
+        return os.path.sameopenfile(self._file.fd, file.fd)
+
     def image(self) -> Image:
         """All of the checkpoint but its pages, to be written beside newer ones."""
         return image_of(self.checkpoint, self.setup, self.device_state)

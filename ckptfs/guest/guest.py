@@ -450,6 +450,11 @@ class Guest:
         return answer
 
     async def _save_to(self, target: Target, request: SaveRequest, migration: Migration) -> None:
+        if self.base is not None and not self.restored and self.base.lies_in(target.file):
+            raise StateError(
+                f"{target.path}: is what RAM is restored from, and would be written in place: "
+                "save elsewhere, or `restore` first"
+            )
         await trio.to_thread.run_sync(target.keep_prefix)
         carried: list[Layer] = []
         try:
