@@ -238,7 +238,10 @@ async def test_a_save_is_ram_at_one_moment_whatever_is_written_meanwhile(guest: 
         assert (await ram_of(guest))["pc.ram"] == ram
 
 
-async def test_a_failed_save_moves_back_what_is_being_written(guest: Guest, tmp_path: Path) -> None:
+async def test_a_failed_save_moves_back_what_is_being_written(
+    guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("ckptfs.guest.layer._MOVE_LENGTH", 8 * PAGE)  # in many steps
     block, random = guest.blocks["pc.ram"], Random(4)
     ram = bytearray(GOLDEN)
     written: set[int] = set()
