@@ -18,7 +18,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, InodeT, RequestContext
 from ckptfs.errors import CkptfsError
 from ckptfs.fuse.control import errno_of
 from ckptfs.fuse.handles import Handle, Opener, RAMHandle
-from ckptfs.namespace.tree import Node
+from ckptfs.namespace.tree import Node, NodeKind
 
 if TYPE_CHECKING:
     from ckptfs.fuse.mount import Mount
@@ -97,7 +97,8 @@ class Operations(pyfuse3.Operations):
         entry.st_blocks = stored // 512
         # a time that changed would make the kernel drop the pages it has cached
         entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = self._mount.mounted_at_ns
-        entry.attr_timeout = entry.entry_timeout = ATTRIBUTE_TIMEOUT
+        entry.attr_timeout = ATTRIBUTE_TIMEOUT
+        entry.entry_timeout = 0.0 if node.kind is NodeKind.CTL else ATTRIBUTE_TIMEOUT
         return entry
 
     @_translated
@@ -111,7 +112,7 @@ class Operations(pyfuse3.Operations):
         node = self._mount.tree.lookup(parent_inode, name)
         if node is None:
             raise FUSEError(errno.ENOENT)
-        return self._attributes(node)
+        return self._attributes(self._mount.tree.entry(node))
 
     @_translated
     async def setattr(
@@ -142,7 +143,7 @@ class Operations(pyfuse3.Operations):
         """List what comes after inode number ``start_id``."""
         for node in self._mount.tree.list(fh):
             if node.inode > start_id and not pyfuse3.readdir_reply(
-                token, node.name, self._attributes(node), node.inode
+                token, node.name, self._attributes(self._mount.tree.entry(node)), node.inode
             ):
                 break
 

@@ -6,15 +6,17 @@
     ram/NAME  pages/NAME                           one each for every RAM block
     parameters/NAME  capabilities/NAME             one each for all that QEMU knows
 
-Inode numbers are fixed for the life of the mount: the fixed nodes have theirs, parameters and capabilities are
-numbered in QEMU's order, blocks in the order in which they were added. Sizes are no business of the tree.
+Inode numbers are fixed for the life of the mount, but that of ctl (`Tree.entry`): the fixed nodes have theirs,
+parameters and capabilities are numbered in QEMU's order, blocks in the order in which they were added. Sizes are
+no business of the tree.
 """
 
 import stat
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum, auto
 from errno import EEXIST
+from itertools import count
 
 from ckptfs.errors import StateError
 from ckptfs.migration.capabilities import CAPABILITIES
@@ -30,6 +32,7 @@ XATTR_PREFIX = b"user.ckptfs."
 _FIRST_PARAMETER_INODE = 0x100
 _FIRST_CAPABILITY_INODE = 0x200
 _FIRST_BLOCK_INODE = 0x1000
+_FIRST_CTL_INODE = 1 << 32
 
 
 class NodeKind(Enum):
@@ -115,6 +118,7 @@ class Tree:
         self._nodes: dict[int, Node] = {}
         self._children: dict[int, dict[bytes, Node]] = {}
         self.block_count = 0
+        self._ctl_inodes = count(_FIRST_CTL_INODE)
         for node in _FIXED:
             self._add(node)
         for idstr in idstrs:
@@ -137,7 +141,16 @@ class Tree:
 
     def node(self, inode: int) -> Node | None:
         """The node with that number, if it is there."""
+        if inode >= _FIRST_CTL_INODE:
+            return replace(CTL, inode=inode)
         return self._visible(self._nodes.get(inode))
+
+    def entry(self, node: Node) -> Node:
+        """The node that the name of ``node`` leads to just now: ctl is another inode for everyone who opens it.
+
+        The kernel lets one write(2) at a time into an inode, and `cancel` has to get past a `save` that still runs.
+        """
+        return replace(node, inode=next(self._ctl_inodes)) if node is CTL else node
 
     def lookup(self, parent_inode: int, name: bytes) -> Node | None:
         """The node of that name in a directory, if there is one; ``.`` and ``..`` too."""

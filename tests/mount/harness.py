@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,22 @@ class Mounted:
         """What status.json says."""
         document: dict[str, Any] = json.loads((self.path / "status.json").read_bytes())
         return document
+
+    def wait_for(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """Follow status.json by poll(2) until it is as ``wanted``."""
+        fd = os.open(self.path / "status.json", os.O_RDONLY)
+        try:
+            poll = select.poll()
+            poll.register(fd, select.POLLPRI)
+            while True:
+                status: dict[str, Any] = json.loads(os.pread(fd, 1 << 20, 0))
+                if wanted(status):
+                    return status
+                assert poll.poll(DEADLINE * 1000), (
+                    f"{self.path}: status did not become what was waited for: {status}"
+                )
+        finally:
+            os.close(fd)
 
     def expect_log(self, pattern: str) -> None:
         """Announce warnings and errors of the daemon: some have to match ``pattern``, and no others may come."""

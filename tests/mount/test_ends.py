@@ -1,0 +1,308 @@
+"""However a save or a mount ends, the former checkpoint or the new one is there, whole, and nothing else.
+
+By a kill, a full disk, a cancel, umount, a signal.
+"""
+
+import errno
+import hashlib
+import os
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import pytest
+
+from tests.mount.conftest import Mount
+from tests.mount.decode import decode
+from tests.mount.harness import BIN, DEADLINE, Mounted, is_mounted, run_mount
+
+MiB = 1 << 20
+LENGTH = 8 * MiB
+SLOWLY = f"max_bandwidth={4 * MiB}"
+"""With it a save of all of RAM takes two seconds."""
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Path:
+    """Where the checkpoint is, and nothing else."""
+    directory = tmp_path / "storage"
+    directory.mkdir()
+    return directory
+
+
+def fill(mounted: Mounted, seed: int, length: int = LENGTH) -> bytes:
+    """Write random bytes to all of RAM."""
+    ram = np.random.default_rng(seed).bytes(length)
+    with (mounted.ram / "pc.ram").open("r+b", buffering=0) as file:
+        assert file.write(ram) == length
+    return ram
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def ram_in(path: Path) -> bytes:
+    return decode(path).blocks["pc.ram"].tobytes()
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+@contextmanager
+def saving(mounted: Mounted) -> Iterator["Saving"]:
+    """A save that runs in the background; how it ends is known at the end."""
+    with ThreadPoolExecutor() as threads:
+        future = threads.submit(mounted.ctl, "save")
+        result = Saving()
+        try:
+            yield result
+        finally:
+            result.error = future.exception(DEADLINE)
+
+
+class Saving:
+    """How a save ended."""
+
+    error: BaseException | None = None
+
+    @property
+    def errno(self) -> int:
+        """Its errno, 0 if it succeeded."""
+        if self.error is None:
+            return 0
+        assert isinstance(self.error, OSError)
+        assert self.error.errno is not None
+        return self.error.errno
+
+
+# --- kill -9 ----------------------------------------------------------------------------------------------
+
+
+def test_a_daemon_that_is_killed_leaves_the_former_checkpoint_or_the_new_one(
+    mount: Mount, storage: Path, tmp_path: Path
+) -> None:
+    path = storage / "checkpoint"
+    first = mount(path, f"ram=pc.ram:{LENGTH}")
+    ram = fill(first, 0)
+    started = time.monotonic()
+    first.ctl("save")
+    duration = time.monotonic() - started
+    first.umount()
+    random = Random(1)
+    saved = left = 0
+    for seed in range(1, 11):
+        former = digest(path)
+        mounted = mount(path, path=tmp_path / "mnt")
+        newer = fill(mounted, seed)
+        killer = threading.Timer(random.uniform(0, 1.3 * duration), mounted.signal, [signal.SIGKILL])
+        with saving(mounted) as outcome:
+            killer.start()
+        killer.join()
+        assert mounted.wait() == -signal.SIGKILL
+        assert outcome.errno in (0, errno.ENOTCONN, errno.ECONNABORTED)
+        left += names(storage) != ["checkpoint"]
+        if digest(path) == former:
+            assert outcome.errno, "a save that succeeded is not there"
+        else:
+            assert ram_in(path) == newer
+            ram = newer
+            saved += 1
+        if seed == 1:
+            _assert_dead(mounted.path, path)
+        subprocess.run(["umount", mounted.path], check=True)
+    assert saved < 10, "all kills came too late"
+    last = mount(path)
+    assert (last.ram / "pc.ram").read_bytes() == ram
+    last.ctl("save")
+    assert names(storage) == ["checkpoint"], f"{left} times something was left, and is still there"
+    assert ram_in(path) == ram
+
+
+def _assert_dead(directory: Path, spec: Path) -> None:
+    """The mount point is dead, never an empty directory, and mount.ckptfs says so."""
+    with pytest.raises(OSError, match="not connected") as caught:
+        os.listdir(directory)
+    assert caught.value.errno == errno.ENOTCONN
+    result = run_mount(spec, directory)
+    assert result.returncode == 32
+    assert f"{directory}: a dead mount is there" in result.stderr
+
+
+# --- a full disk ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["ext4", "xfs", "tmpfs"])
+def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own, of 40 MB and more."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    image = tmp_path / "image"
+    if request.param == "tmpfs":
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60M", "none", directory], check=True)
+    else:
+        with image.open("wb") as file:
+            file.truncate({"ext4": 60 * MiB, "xfs": 320 * MiB}[request.param])
+        subprocess.run([f"mkfs.{request.param}", "-q", image], check=True)
+        subprocess.run(["mount", "-o", "loop", image, directory], check=True)
+    yield directory
+    subprocess.run(["umount", directory], check=True)
+
+
+def test_a_full_disk(small_disk: Path, mount: Mount) -> None:
+    storage = small_disk / "storage"
+    storage.mkdir()
+    path = storage / "checkpoint"
+    mounted = mount(path, f"ram=pc.ram:{LENGTH}")
+    fill(mounted, 1, MiB)
+    mounted.ctl("save")
+    former = digest(path)
+    ram = fill(mounted, 2)
+    filler = small_disk / "filler"
+    free = os.statvfs(small_disk)
+    with filler.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize - 5 * MiB)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        mounted.ctl("save")
+    assert caught.value.errno == errno.ENOSPC
+    assert str(path) in caught.value.strerror
+    assert names(storage) == ["checkpoint"]
+    assert digest(path) == former
+    assert mounted.status()["migration"]["status"] == "failed"
+    assert (mounted.ram / "pc.ram").read_bytes() == ram
+    filler.unlink()
+    mounted.ctl("save")
+    assert ram_in(path) == ram
+    mounted.umount()
+
+
+# --- cancel, and a second save ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slow(mount: Mount, storage: Path) -> Mounted:
+    """A mount whose checkpoint is all zeros, whose RAM is all random, and whose save takes two seconds."""
+    mounted = mount(storage / "checkpoint", f"ram=pc.ram:{LENGTH}", SLOWLY)
+    mounted.ctl("save")
+    fill(mounted, 1)
+    return mounted
+
+
+def wait_until_active(mounted: Mounted) -> None:
+    mounted.wait_for(lambda status: status["migration"].get("status") == "active")
+
+
+def test_cancel(slow: Mounted, storage: Path) -> None:
+    former = digest(storage / "checkpoint")
+    with saving(slow) as outcome:
+        wait_until_active(slow)
+        assert slow.ctl("cancel") == "ok save cancelled"
+        assert names(storage) == ["checkpoint"]
+    assert outcome.errno == errno.ECANCELED
+    assert slow.status()["migration"]["status"] == "cancelled"
+    assert digest(storage / "checkpoint") == former
+    (slow.path / "parameters/max-bandwidth").write_text("0\n")
+    slow.ctl("save")
+    assert ram_in(storage / "checkpoint") == (slow.ram / "pc.ram").read_bytes()
+
+
+def test_one_migration_at_a_time(slow: Mounted, storage: Path) -> None:
+    with saving(slow) as outcome:
+        wait_until_active(slow)
+        for command in ("save", "save nowait", f"save {storage}/other", "reset"):
+            with pytest.raises(OSError, match="a save is running") as caught:
+                slow.ctl(command)
+            assert caught.value.errno == errno.EBUSY
+        (slow.path / "parameters/max-bandwidth").write_text("0\n")  # counts at once
+    assert outcome.errno == 0
+    assert names(storage) == ["checkpoint"]
+
+
+def test_ram_that_is_written_during_a_cancelled_save_stays_written(slow: Mounted, storage: Path) -> None:
+    ram = bytearray((slow.ram / "pc.ram").read_bytes())
+    with saving(slow) as outcome:
+        wait_until_active(slow)
+        with (slow.ram / "pc.ram").open("r+b", buffering=0) as file:
+            for offset in (0, 5000, LENGTH // 2 - 3, LENGTH - 7):
+                os.pwrite(file.fileno(), b"written", offset)
+                ram[offset : offset + 7] = b"written"
+        slow.ctl("cancel")
+    assert outcome.errno == errno.ECANCELED
+    assert (slow.ram / "pc.ram").read_bytes() == ram
+    (slow.path / "parameters/max-bandwidth").write_text("0\n")
+    slow.ctl("save")
+    assert ram_in(storage / "checkpoint") == ram
+
+
+def test_a_save_in_the_background_is_followed_in_status(slow: Mounted, storage: Path) -> None:
+    ram = (slow.ram / "pc.ram").read_bytes()
+    assert slow.ctl("save nowait").startswith("ok ")
+    status = slow.wait_for(lambda status: status["state"] == "idle")
+    assert status["migration"]["status"] == "completed"
+    assert status["migration"]["ram"]["transferred"] == LENGTH
+    assert status["migration"]["total-time"] >= 1500
+    assert ram_in(storage / "checkpoint") == ram
+
+
+# --- umount, signals --------------------------------------------------------------------------------------
+
+
+def test_umount_during_a_save_lets_it_end(slow: Mounted, storage: Path) -> None:
+    ram = (slow.ram / "pc.ram").read_bytes()
+    slow.ctl("save nowait")
+    wait_until_active(slow)
+    slow.umount()
+    assert names(storage) == ["checkpoint"]
+    assert ram_in(storage / "checkpoint") == ram
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_during_a_save_cancels_it_and_unmounts(
+    number: signal.Signals, slow: Mounted, storage: Path
+) -> None:
+    former = digest(storage / "checkpoint")
+    with saving(slow) as outcome:
+        wait_until_active(slow)
+        slow.signal(number)
+        assert slow.wait() == 0
+    assert outcome.errno
+    assert not is_mounted(slow.path)
+    assert names(storage) == ["checkpoint"]
+    assert digest(storage / "checkpoint") == former
+    slow.check_log()
+
+
+def test_a_signal_while_ram_is_mapped_and_read(fresh: Mounted) -> None:
+    reader = subprocess.Popen(["cat", fresh.ram / "pc.ram"], stdout=subprocess.PIPE)  # waits for us to read
+    assert reader.stdout is not None
+    reader.stdout.read(1)
+    fresh.signal(signal.SIGTERM)
+    assert fresh.wait() == 0
+    assert not is_mounted(fresh.path)
+    reader.kill()
+    reader.communicate()
+    fresh.check_log()
+
+
+def test_a_signal_at_any_moment_of_the_start(tmp_path: Path) -> None:
+    directory = tmp_path / "mnt"
+    directory.mkdir()
+    command = [BIN / "mount.ckptfs", tmp_path / "checkpoint", directory, "-o", "foreground,ram=pc.ram:1M"]
+    random = Random(2)
+    for _ in range(8):
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        timer = threading.Timer(random.uniform(0.2, 0.6), process.terminate)
+        timer.start()
+        _, stderr = process.communicate(timeout=DEADLINE)
+        timer.join()
+        assert process.returncode in (0, -signal.SIGTERM), stderr
+        assert "Traceback" not in stderr
+        assert not is_mounted(directory)
