@@ -174,6 +174,7 @@ def _exists(path: str) -> bool:
 def _check_mount_point(directory: str) -> None:
     try:
         mode = os.stat(directory).st_mode
+        os.statvfs(directory)  # stat is answered out of a cache for a while after the daemon died
     except OSError as error:
         if error.errno == errno.ENOTCONN:
             raise CommandError(f"{directory}: a dead mount is there; `umount {directory}` first") from None
