@@ -109,7 +109,8 @@ class Control:
             try:
                 log.info("%s", await work())
             except (CkptfsError, OSError) as error:
-                log.error("in the background: %s", describe(error))
+                cancelled = errno_of(error) == errno.ECANCELED
+                log.log(logging.INFO if cancelled else logging.ERROR, "in the background: %s", describe(error))
             except Exception:
                 log.exception("in the background")
 

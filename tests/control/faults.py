@@ -30,7 +30,21 @@ class Injected:
 @contextmanager
 def failing(pid: int, log: Path, call: str, error: str, when: int) -> Iterator[Injected]:
     """Within this, call number ``when`` of ``call`` in each thread of process ``pid`` fails with ``error``."""
-    injection = f"inject={call}:error={error}:when={when}"
+    with _attached(pid, log, call, f"error={error}:when={when}"):
+        yield Injected(log)
+
+
+@contextmanager
+def delayed(pid: int, log: Path, call: str, seconds: float = 0.5) -> Iterator[None]:
+    """Within this, every ``call`` in process ``pid`` takes ``seconds`` longer."""
+    with _attached(pid, log, call, f"delay_enter={round(seconds * 1e6)}"):
+        yield
+
+
+@contextmanager
+def _attached(pid: int, log: Path, call: str, what: str) -> Iterator[None]:
+    """Have strace do ``what`` to every ``call``."""
+    injection = f"inject={call}:{what}"
     process = subprocess.Popen(
         ["strace", "-f", "-p", str(pid), "-o", log, "-e", f"trace={call}", "-e", injection],
         stderr=subprocess.PIPE,
@@ -41,7 +55,7 @@ def failing(pid: int, log: Path, call: str, error: str, when: int) -> Iterator[I
         try:
             line = process.stderr.readline()
             assert _ATTACHED.match(line), line
-            yield Injected(log)
+            yield
         finally:
             process.terminate()
             process.communicate()
