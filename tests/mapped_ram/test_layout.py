@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from uuid import UUID
 
 import pytest
 from hypothesis import given, settings
@@ -9,7 +10,8 @@ from hypothesis import strategies as st
 
 from ckptfs.errors import CheckpointError
 from ckptfs.mapped_ram.checkpoint import read_checkpoint, read_device_state, read_setup
-from ckptfs.mapped_ram.layout import empty_image, image_of, layout
+from ckptfs.mapped_ram.layout import empty_image, frame, image_of, layout
+from ckptfs.mapped_ram.precopy import read_precopy
 from ckptfs.mapped_ram.vmdesc import with_configuration
 from tests.doubles.migration_file import Block, BytesSource, Device, MigrationFile
 
@@ -110,6 +112,76 @@ def test_only_the_vmdesc_changes_when_capabilities_do():
     assert composed.capabilities == ("mapped-ram",)
     assert composed.vmdesc["devices"] == checkpoint.vmdesc["devices"]
     assert composed.vmdesc["configuration"]["subsections"][0]["vmsd_name"] == "configuration/capabilities"
+
+
+SHARED = MigrationFile(
+    blocks=[
+        Block("m0", 16, address=0, ignored=True),
+        Block("m1", 8, address=0x10000, ignored=True),
+        Block("vga.vram", 4, address=0xFD000000),
+    ],
+    capabilities=["x-ignore-shared", "mapped-ram"],
+    switchover_start=False,
+)
+
+
+def test_an_ignored_block_has_a_header_and_no_pages():
+    """As the double writes it, which knows the form from QEMU's development tree."""
+    data, marks = SHARED.build()
+    source = BytesSource(data)
+    checkpoint, bitmaps = read_checkpoint(source)
+    assert bitmaps.keys() == {"vga.vram"}
+    image = image_of(checkpoint, b"", read_device_state(source, checkpoint))
+    result = layout(image)
+    assert metadata(result).pread(0, result.end_offset) == data
+    assert result.blocks == checkpoint.blocks
+    complete = layout(image.configured(("mapped-ram",), None))
+    assert not any(block.ignored or block.pages_offset is None for block in complete.blocks)
+    assert marks["m1.pages_offset"] < 0x1000
+
+
+def test_a_plain_stream_becomes_one_with_mapped_ram_and_back():
+    plain = replace(SHARED, capabilities=["x-ignore-shared"], blocks=[replace(b, pages={}) for b in SHARED.blocks])
+    source = BytesSource(plain.data())
+    checkpoint = read_precopy(source).checkpoint
+    image = image_of(checkpoint, b"", read_device_state(source, checkpoint))
+    both = image.configured(("x-ignore-shared", "mapped-ram"), None, {"m0", "m1"})
+    end = SHARED.build()[1]["part.0"]
+    assert metadata(layout(both)).pread(0, end) == SHARED.data()[:end]
+    again = both.configured(("x-ignore-shared",), None, {"m0", "m1"})
+    assert frame(again)[0] == frame(image)[0]
+
+
+@given(files)
+def test_the_frame_of_a_plain_stream_is_what_surrounds_its_records(description):
+    description = replace(description, capabilities=[])
+    data, marks = description.build()
+    source = BytesSource(data)
+    stream = read_precopy(source, description.stream_offset)
+    image = image_of(stream.checkpoint, read_setup(source, stream.checkpoint), b"the rest")
+    before, after = frame(image)
+    assert data[description.stream_offset :].startswith(before)
+    assert data[marks["part.0.eos"] : marks["device_state"]] + b"the rest" == after
+
+
+UUID_BYTES = bytes(range(16))
+
+
+@pytest.mark.parametrize("before", [None, UUID_BYTES])
+@pytest.mark.parametrize("after", [None, UUID_BYTES, bytes(16)])
+def test_the_uuid_can_be_kept_dropped_and_changed(before, after):
+    description = MigrationFile(uuid=before, target_page_bits=12, switchover_start=False)
+    source = BytesSource(description.data())
+    checkpoint, _ = read_checkpoint(source)
+    assert checkpoint.uuid == (None if before is None else UUID(bytes=before))
+    image = image_of(checkpoint, b"", read_device_state(source, checkpoint))
+    image = image.configured(("mapped-ram",), None if after is None else UUID(bytes=after))
+    result = layout(image)
+    start = result.blocks[0].header_offset
+    expected = replace(description, uuid=after).data()
+    assert metadata(result).pread(0, start) == expected[:start]
+    if before == after:
+        assert image.device_state == read_device_state(source, checkpoint)
 
 
 def test_other_subsections_keep_their_place_in_the_vmdesc():

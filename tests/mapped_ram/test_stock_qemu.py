@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ckptfs.mapped_ram.checkpoint import read_checkpoint, read_device_state, read_setup, with_run_state
-from ckptfs.mapped_ram.layout import empty_image, image_of, layout
+from ckptfs.mapped_ram.layout import empty_image, frame, image_of, layout
 from ckptfs.mapped_ram.precopy import read_precopy, vmstate_stream
 from ckptfs.mapped_ram.stream import BytesSource
 
@@ -154,3 +154,27 @@ def test_composing_an_x_ignore_shared_stream_with_its_ram(qemu_file, qemu_loads,
     assert composed.vmdesc["configuration"] == mapped.vmdesc["configuration"]
     assert json.dumps(composed.vmdesc).encode() in data
     qemu_loads(data, "-machine", "pc", "-m", "16M")
+
+
+@pytest.mark.parametrize("capabilities", [[], ["x-ignore-shared"], ["x-ignore-shared", "validate-uuid"]])
+def test_the_frame_of_a_plain_stream_is_qemus(qemu_file, tmp_path, capabilities):
+    backends = [
+        word
+        for name in ("m0", "m1")
+        for word in (
+            "-object", f"memory-backend-file,id={name},size=16M,mem-path={tmp_path}/{name},share=on",
+            "-numa", f"node,memdev={name}",
+        )
+    ]  # fmt: skip
+    uuid = ("-uuid", "11111111-2222-3333-4444-555555555555")
+    source = qemu_file("-machine", "pc", "-m", "32M", *backends, *uuid, capabilities=capabilities)
+    checkpoint = read_precopy(source).checkpoint
+    image = image_of(checkpoint, read_setup(source, checkpoint), read_device_state(source, checkpoint))
+    addresses = {block.idstr: block.address for block in image.blocks}
+    if capabilities:
+        assert (addresses["m0"], addresses["m1"]) == (0, 16 << 20)
+    else:
+        assert set(addresses.values()) == {None}
+    before, after = frame(image)
+    assert source.pread(0, len(before) - 5) == before[:-5]  # up to the header of END, which QEMU has later
+    assert source.pread(source.length - len(after), len(after)) == after
