@@ -5,7 +5,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 
 import pyfuse3
 import trio
@@ -224,17 +224,19 @@ class Mount:
         point stays dead (ENOTCONN): better than an empty directory that looks like a guest without memory.
         """
         self._mounted_at = trio.current_time()
-        pyfuse3.init(self.operations, self.mountpoint, self._fuse_options())
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(self._end_on_signal, nursery)
-            nursery.start_soon(self._set_up, nursery, starter)
-            await pyfuse3.main(MIN_TASKS, MAX_TASKS)
-            log.info("%s: unmounted", self.mountpoint)
-            migration = self.guest.migration
-            if migration.running and migration.kind == "save":
-                await migration.over.wait()
-            nursery.cancel_scope.cancel()
-        pyfuse3.close(unmount=True)
+        # from before there is a mount until it is gone: a signal in between must not leave a dead one
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
+            pyfuse3.init(self.operations, self.mountpoint, self._fuse_options())
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(self._end_on_signal, signals, nursery)
+                nursery.start_soon(self._set_up, nursery, starter)
+                await pyfuse3.main(MIN_TASKS, MAX_TASKS)
+                log.info("%s: unmounted", self.mountpoint)
+                migration = self.guest.migration
+                if migration.running and migration.kind == "save":
+                    await migration.over.wait()
+                nursery.cancel_scope.cancel()
+            pyfuse3.close(unmount=True)
         self.guest.close()
 
     async def _set_up(self, nursery: trio.Nursery, starter: Starter) -> None:
@@ -252,12 +254,11 @@ class Mount:
         starter.mounted()
         log.info("%s: mounted on %s", self.source, self.mountpoint)
 
-    async def _end_on_signal(self, nursery: trio.Nursery) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-            async for number in signals:
-                log.info("%s: ending on %s", self.mountpoint, signal.Signals(number).name)
-                pyfuse3.terminate()
-                nursery.cancel_scope.cancel()
+    async def _end_on_signal(self, signals: AsyncIterator[int], nursery: trio.Nursery) -> None:
+        async for number in signals:
+            log.info("%s: ending on %s", self.mountpoint, signal.Signals(number).name)
+            pyfuse3.terminate()
+            nursery.cancel_scope.cancel()
 
     def _fuse_options(self) -> set[str]:
         """Options for libfuse; a comma or backslash in ``fsname`` would end it and begin another option."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.mount.harness import Mounted, adopt_orphans
+from tests.mount.harness import Mounted, adopt_orphans, is_mounted, unmount_by_force
 
 Mount = Callable[..., Mounted]
 
@@ -15,6 +15,17 @@ Mount = Callable[..., Mounted]
 @pytest.fixture(autouse=True, scope="session")
 def _adopt_orphans() -> None:
     adopt_orphans()
+
+
+@pytest.fixture
+def mount_point(tmp_path: Path) -> Iterator[Path]:
+    """A directory for a test that mounts by itself; it may leave nothing mounted there."""
+    directory = tmp_path / "mount_point"
+    directory.mkdir()
+    yield directory
+    left = is_mounted(directory)
+    unmount_by_force(directory)
+    assert not left
 
 
 @pytest.fixture

@@ -70,6 +70,12 @@ def _plain(text: str) -> str:
     return re.sub(r"\\(\d{3})", lambda match: chr(int(match[1], 8)), text)
 
 
+def unmount_by_force(directory: Path) -> None:
+    """Take away whatever is mounted there, dead or alive."""
+    while is_mounted(directory):
+        subprocess.run(["umount", "--lazy", directory], check=True, timeout=DEADLINE)
+
+
 class Mounted:
     """One mount, from construction to `umount`. Every file operation on it blocks: it has a process of its own.
 
@@ -200,8 +206,7 @@ class Mounted:
                 self.umount()
         finally:
             self._break()
-            while is_mounted(self.path):
-                subprocess.run(["umount", "--lazy", self.path], check=True, timeout=DEADLINE)
+            unmount_by_force(self.path)
             if not self._ended:
                 self.wait()
 

@@ -6,6 +6,7 @@ By a kill, a full disk, a cancel, umount, a signal.
 import errno
 import hashlib
 import os
+import select
 import signal
 import subprocess
 import threading
@@ -292,10 +293,8 @@ def test_a_signal_while_ram_is_mapped_and_read(fresh: Mounted) -> None:
     fresh.check_log()
 
 
-def test_a_signal_at_any_moment_of_the_start(tmp_path: Path) -> None:
-    directory = tmp_path / "mnt"
-    directory.mkdir()
-    command = [BIN / "mount.ckptfs", tmp_path / "checkpoint", directory, "-o", "foreground,ram=pc.ram:1M"]
+def test_a_signal_at_any_moment_of_the_start(mount_point: Path, tmp_path: Path) -> None:
+    command = [BIN / "mount.ckptfs", tmp_path / "checkpoint", mount_point, "-o", "foreground,ram=pc.ram:1M"]
     random = Random(2)
     for _ in range(8):
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -305,4 +304,24 @@ def test_a_signal_at_any_moment_of_the_start(tmp_path: Path) -> None:
         timer.join()
         assert process.returncode in (0, -signal.SIGTERM), stderr
         assert "Traceback" not in stderr
-        assert not is_mounted(directory)
+        assert not is_mounted(mount_point)
+
+
+def test_a_signal_at_the_very_moment_of_the_mount(mount_point: Path, tmp_path: Path) -> None:
+    late = ["-e", "trace=mount,move_mount", "-e", "inject=mount,move_mount:delay_exit=500000"]  # µs to send it in
+    command = [BIN / "mount.ckptfs", tmp_path / "checkpoint", mount_point, "-o", "foreground,ram=pc.ram:1M"]
+    process = subprocess.Popen(
+        ["strace", "-f", "-o", tmp_path / "strace", *late, *command],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with open("/proc/self/mountinfo") as mounts:
+        poll = select.poll()
+        poll.register(mounts, select.POLLPRI)
+        while not is_mounted(mount_point):
+            assert poll.poll(DEADLINE * 1000)
+    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(child), signal.SIGTERM)
+    _, stderr = process.communicate(timeout=DEADLINE)
+    assert process.returncode == 0, stderr
+    assert not is_mounted(mount_point)

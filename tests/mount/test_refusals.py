@@ -2,7 +2,6 @@
 
 import os
 import struct
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,11 +20,7 @@ SMALL = MigrationFile(
 
 def refused(spec: str | Path, directory: Path, *options: str, code: int = MOUNT_FAILURE) -> str:
     """Mount, see that it was refused in one line, and return that."""
-    directory.mkdir(exist_ok=True)
     result = run_mount(spec, directory, *options)
-    if is_mounted(directory):
-        subprocess.run(["umount", directory], check=True)
-        raise AssertionError(f"{spec} was mounted")
     assert result.returncode == code, result.stderr
     assert result.stdout == ""
     assert result.stderr.startswith("mount.ckptfs: ")
@@ -52,11 +47,11 @@ LIES = [
 
 
 @pytest.mark.parametrize(("mark", "data", "text"), [lie[1:] for lie in LIES], ids=[lie[0] for lie in LIES])
-def test_a_file_that_lies(mark: str, data: bytes, text: str, tmp_path: Path) -> None:
+def test_a_file_that_lies(mark: str, data: bytes, text: str, mount_point: Path, tmp_path: Path) -> None:
     path = tmp_path / "liar"
     content, marks = SMALL.build()
     path.write_bytes(content[: marks[mark]] + data + content[marks[mark] + len(data) :])
-    line = refused(path, tmp_path / "mnt")
+    line = refused(path, mount_point)
     assert line.startswith(f"mount.ckptfs: {path}: at byte 0x")
     assert text in line
 
@@ -70,30 +65,30 @@ def test_a_file_that_lies(mark: str, data: bytes, text: str, tmp_path: Path) -> 
     ],
     ids=["empty", "junk", "zeros"],
 )
-def test_no_checkpoint(content: bytes, text: str, tmp_path: Path) -> None:
+def test_no_checkpoint(content: bytes, text: str, mount_point: Path, tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(content)
-    line = refused(path, tmp_path / "mnt")
+    line = refused(path, mount_point)
     assert f"{path}: " in line
     assert text in line
 
 
 @pytest.mark.parametrize("mark", ["version", "pc.ram.bitmap", "vga.vram.used_length", "timer"])
-def test_cut_short(mark: str, tmp_path: Path) -> None:
+def test_cut_short(mark: str, mount_point: Path, tmp_path: Path) -> None:
     path = tmp_path / "short"
     content, marks = SMALL.build()
     path.write_bytes(content[: marks[mark] + 1])
-    assert f"{path}: at byte 0x" in refused(path, tmp_path / "mnt")
+    assert f"{path}: at byte 0x" in refused(path, mount_point)
 
 
-def test_a_billion_pages_in_a_small_file(tmp_path: Path) -> None:
+def test_a_billion_pages_in_a_small_file(mount_point: Path, tmp_path: Path) -> None:
     path = tmp_path / "billion"
     content, marks = SMALL.build()
     data = bytearray(content)
     data[marks["total"] : marks["total"] + 8] = be64((10**9 + 1) * 4096 | 4)
     data[marks["pc.ram.used_length"] : marks["pc.ram.used_length"] + 8] = be64(10**9 * 4096)
     path.write_bytes(data)
-    line = refused(path, tmp_path / "mnt")
+    line = refused(path, mount_point)
     assert f"{path}: at byte 0x" in line
 
 
@@ -118,35 +113,35 @@ def test_names_are_no_paths(tmp_path: Path, mount: Mount) -> None:
     [os.mkdir, os.mkfifo, lambda path: os.symlink("/dev/zero", path), lambda path: os.symlink("nowhere", path)],
     ids=["directory", "FIFO", "device", "dangling link"],
 )
-def test_not_a_regular_file(make: Callable[[Path], None], tmp_path: Path) -> None:
+def test_not_a_regular_file(make: Callable[[Path], None], mount_point: Path, tmp_path: Path) -> None:
     path = tmp_path / "thing"
     make(path)
-    assert str(path) in refused(path, tmp_path / "mnt")
+    assert str(path) in refused(path, mount_point)
 
 
-def test_a_wrong_offset(tmp_path: Path) -> None:
+def test_a_wrong_offset(mount_point: Path, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
     MigrationFile(stream_offset=4097).write(path)
-    assert "at byte 0x1000: Not a migration stream" in refused(f"file:{path},offset=4k", tmp_path / "mnt")
-    assert "at byte 0x0: " in refused(path, tmp_path / "mnt")
-    assert "0x100000000" in refused(path, tmp_path / "mnt", "image_offset=4G")
+    assert "at byte 0x1000: Not a migration stream" in refused(f"file:{path},offset=4k", mount_point)
+    assert "at byte 0x0: " in refused(path, mount_point)
+    assert "0x100000000" in refused(path, mount_point, "image_offset=4G")
 
 
 # --- SPEC and ram= ----------------------------------------------------------------------------------------
 
 
-def test_a_checkpoint_is_never_shadowed(tmp_path: Path) -> None:
+def test_a_checkpoint_is_never_shadowed(mount_point: Path, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
     SMALL.write(path)
     content = path.read_bytes()
-    line = refused(path, tmp_path / "mnt", "ram=pc.ram:16M")
+    line = refused(path, mount_point, "ram=pc.ram:16M")
     assert f"{path}: " in line
     assert "ram=" in line
     assert path.read_bytes() == content
 
 
-def test_no_file_and_no_ram(tmp_path: Path) -> None:
-    line = refused(tmp_path / "missing", tmp_path / "mnt")
+def test_no_file_and_no_ram(mount_point: Path, tmp_path: Path) -> None:
+    line = refused(tmp_path / "missing", mount_point)
     assert f"{tmp_path / 'missing'}: no such file" in line
     assert "ram=" in line
 
@@ -166,23 +161,21 @@ def test_no_file_and_no_ram(tmp_path: Path) -> None:
         ("umask=999", "octal"),
     ],
 )
-def test_wrong_options(option: str, text: str, tmp_path: Path) -> None:
-    line = refused(tmp_path / "checkpoint", tmp_path / "mnt", option, code=USAGE)
+def test_wrong_options(option: str, text: str, mount_point: Path, tmp_path: Path) -> None:
+    line = refused(tmp_path / "checkpoint", mount_point, option, code=USAGE)
     assert text in line
 
 
 @pytest.mark.parametrize("size", ["1M,ram=b:4097", "17T"])
-def test_sizes_that_no_block_can_have(size: str, tmp_path: Path) -> None:
-    line = refused(tmp_path / "checkpoint", tmp_path / "mnt", f"ram=a:{size}")
+def test_sizes_that_no_block_can_have(size: str, mount_point: Path, tmp_path: Path) -> None:
+    line = refused(tmp_path / "checkpoint", mount_point, f"ram=a:{size}")
     assert "size" in line
 
 
-def test_a_sloppy_mount_passes_over_what_it_does_not_know(tmp_path: Path) -> None:
-    (tmp_path / "mnt").mkdir()
-    spec, directory = tmp_path / "checkpoint", tmp_path / "mnt"
-    result = run_mount(spec, directory, "nosuch,ram=pc.ram:1M", flags=("-s", "-f"))
+def test_a_sloppy_mount_passes_over_what_it_does_not_know(mount_point: Path, tmp_path: Path) -> None:
+    result = run_mount(tmp_path / "checkpoint", mount_point, "nosuch,ram=pc.ram:1M", flags=("-s", "-f"))
     assert (result.returncode, result.stderr) == (0, "")
-    assert not is_mounted(directory)
+    assert not is_mounted(mount_point)
 
 
 def test_wrong_arguments() -> None:
