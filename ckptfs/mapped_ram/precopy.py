@@ -42,7 +42,7 @@ from ckptfs.mapped_ram.vmdesc import find_vmdesc
 
 MAX_INDEXED_LENGTH = 1 << 40
 """A larger block's pages are not indexed: 1 TiB needs up to 2 GiB of index."""
-_CHUNK_LENGTH = 16 << 20
+_CHUNK_LENGTH = 1 << 20  # fits a cache of the processor: the pages are read, but not looked at
 _FIRST_STRETCH = 16  # records
 _LONGEST_STRETCH = 1 << 16
 
@@ -100,7 +100,7 @@ class PrecopyStream:
 def read_precopy(source: Source, stream_offset: int = 0) -> PrecopyStream:
     """Read the plain stream at ``stream_offset`` and index its pages.
 
-    One pass over the file in chunks of 16 MiB, and 8 bytes of memory a page. Raises CheckpointError, with the
+    One pass over the file in chunks of 1 MiB, and 8 bytes of memory a page. Raises CheckpointError, with the
     position, for anything that is not a whole and sound stream, and for a mapped-ram one.
     """
     cursor = Cursor(source, stream_offset)
