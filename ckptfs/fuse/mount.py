@@ -176,9 +176,11 @@ class Mount:
         guest = self.guest
         await self.page_cache.flush(list(guest.blocks))  # the kernel may hold pages that a machine has written
         left_out = guest.left_out(self.options.backends)
-        users = await trio.to_thread.run_sync(ram_users, opener.pid, self.files(left_out))
+        user, others = await trio.to_thread.run_sync(
+            ram_users, opener.pid, self.operations.ram_openers(), self.files(left_out)
+        )
         try:
-            stream = await guest.vmstate(left_out, users)
+            stream = await guest.vmstate(left_out, user, others)
         except StateError as error:
             log.warning("vmstate was refused to process %d: %s", opener.pid, error)
             guest.vmstate_refusal = str(error)

@@ -78,6 +78,10 @@ class Operations(pyfuse3.Operations):
         """Whether anybody holds a file in ram/ open for writing."""
         return any(isinstance(handle, RAMHandle) and handle.opener.writes for handle in self._handles.values())
 
+    def ram_openers(self) -> set[int]:
+        """The processes that have opened files in ram/ which are still open, or mapped."""
+        return {handle.opener.pid for handle in self._handles.values() if isinstance(handle, RAMHandle)}
+
     # ---- nodes -------------------------------------------------------------------------------------
 
     def _node(self, inode: int) -> Node:

@@ -42,7 +42,7 @@ from ckptfs.migration.status import MigrationStatus
 from ckptfs.qemu.backends import RAMFile, check_backends, is_backend
 from ckptfs.qemu.live import capture
 from ckptfs.qemu.monitor import Monitor, connected
-from ckptfs.qemu.users import RAMUsers
+from ckptfs.qemu.users import RAMUser
 
 log = logging.getLogger(__name__)
 
@@ -629,11 +629,12 @@ class Guest:
         """
         return [idstr for idstr in self.blocks if (idstr in backends if backends else is_backend(idstr))]
 
-    async def vmstate(self, left_out: list[str], users: RAMUsers) -> bytes:
+    async def vmstate(self, left_out: list[str], user: RAMUser, others: list[RAMUser]) -> bytes:
         """The stream from which stock QEMU starts on this RAM (`-incoming file:DIR/vmstate`).
 
-        Raises StateError (EPERM), saying what to do, where RAM and device state would not belong together:
-        QEMU itself would start such a guest without a word, and corrupt it.
+        ``user`` is the process that asks for it, ``others`` are those that have some of RAM open. Raises
+        StateError (EPERM), saying what to do, where RAM and device state would not belong together: QEMU itself
+        would start such a guest without a word, and corrupt it.
         """
         if self.base is None:
             raise StateError("there is no checkpoint behind this mount", errno.ENOENT)
@@ -643,17 +644,18 @@ class Guest:
                 "`reset` drops them, `save` makes a new checkpoint",
                 errno.EPERM,
             )
-        missing = [idstr for idstr in left_out if idstr not in users.holds]
+        missing = [idstr for idstr in left_out if idstr not in user.holds]
         if missing:
             raise StateError(
                 f"the process does not have {', '.join(missing)} of this mount as its RAM: "
                 "start QEMU with the arguments that `ckptfs qemu-args` prints",
                 errno.EPERM,
             )
+        _refuse_shared_use(user, others)
         inside = [block for idstr, block in self.blocks.items() if idstr not in left_out]
         pages = [run for block in inside for run in await self._runs(block)]
         stream = vmstate_stream(self.base.checkpoint, left_out, pages, self.base.setup, self.base.device_state)
-        self.machine_ran = self.machine_ran or bool(users.maps_shared)
+        self.machine_ran = self.machine_ran or bool(user.maps_shared)
         return stream
 
     async def _runs(self, block: GuestBlock) -> list[tuple[str, int, bytes]]:
@@ -734,6 +736,21 @@ class Guest:
         if self.direct_io is False:
             return "off: the file system does not support O_DIRECT"
         return "on"
+
+
+def _refuse_shared_use(user: RAMUser, others: list[RAMUser]) -> None:
+    """RAM that one machine writes (share=on) is no other machine's, not even below its private copies."""
+    for other in others:
+        if other.maps_shared:
+            problem = "has this RAM with share=on"
+        elif user.maps_shared and other.maps_private:
+            problem = "has this RAM with share=off, and would see what is written here"
+        else:
+            continue
+        raise StateError(
+            f"process {other.pid} {problem}: end it first, or have share=off for all machines on this mount",
+            errno.EPERM,
+        )
 
 
 def _close_layers(layers: list[Layer]) -> None:

@@ -1,32 +1,45 @@
-"""Who has a file in ram/ open, as /proc tells: guards against RAM and device state that do not belong together."""
+"""Who has files in ram/ as his memory, as /proc tells.
+
+That guards against RAM and device state that do not belong together.
+"""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ckptfs.qemu.backends import RAMFile
 
 
 @dataclass(frozen=True)
-class RAMUsers:
-    """What one process has of the mount's RAM, by idstr: files that it holds open, and those it maps shared."""
+class RAMUser:
+    """What process ``pid`` has of the mount's RAM, by idstr.
 
+    ``maps_shared`` and ``maps_private`` are what it may write, and whether others see that: a machine's RAM with
+    share=on or share=off. ``holds`` are those, and the other files that it has open or mapped.
+    """
+
+    pid: int
     holds: frozenset[str]
     maps_shared: frozenset[str]
+    maps_private: frozenset[str]
 
 
-def ram_users(pid: int, files: list[RAMFile]) -> RAMUsers:
-    """Look at process ``pid`` (blocking; stats files of the own mount, so never on the trio thread).
+def ram_users(pid: int, openers: set[int], files: list[RAMFile]) -> tuple[RAMUser, list[RAMUser]]:
+    """Look at process ``pid``, and at what the other ``openers`` of the files have mapped.
 
-    A process that can't be looked at (another pid namespace) has nothing.
+    Blocks, and stats files of the own mount, so never on the trio thread. A process that can't be looked at
+    (another pid namespace) has nothing.
     """
     by_inode = {(file.device, file.inode): file.idstr for file in files}
-    mapped, shared = _mapped(pid, by_inode)
-    return RAMUsers(frozenset(mapped | _open(pid, by_inode)), frozenset(shared))
+    user = _mapped(pid, by_inode)
+    if user.holds != set(by_inode.values()):
+        user = replace(user, holds=user.holds | _open(pid, by_inode))
+    return user, [_mapped(opener, by_inode) for opener in openers - {pid}]
 
 
-def _mapped(pid: int, by_inode: dict[tuple[int, int], str]) -> tuple[set[str], set[str]]:
-    mapped: set[str] = set()
+def _mapped(pid: int, by_inode: dict[tuple[int, int], str]) -> RAMUser:
+    holds: set[str] = set()
     shared: set[str] = set()
+    private: set[str] = set()
     try:
         with open(f"/proc/{pid}/maps") as maps:
             for line in maps:
@@ -34,12 +47,12 @@ def _mapped(pid: int, by_inode: dict[tuple[int, int], str]) -> tuple[set[str], s
                 major, minor = (int(number, 16) for number in device.split(":"))
                 idstr = by_inode.get((os.makedev(major, minor), int(inode)))
                 if idstr is not None:
-                    mapped.add(idstr)
-                    if permissions[1] == "w" and permissions[3] == "s":
-                        shared.add(idstr)
+                    holds.add(idstr)
+                    if permissions[1] == "w":
+                        (shared if permissions[3] == "s" else private).add(idstr)
     except OSError:
         pass
-    return mapped, shared
+    return RAMUser(pid, frozenset(holds), frozenset(shared), frozenset(private))
 
 
 def _open(pid: int, by_inode: dict[tuple[int, int], str]) -> set[str]:
