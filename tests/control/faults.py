@@ -2,7 +2,7 @@
 
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -39,6 +39,13 @@ def delayed(pid: int, log: Path, call: str, seconds: float = 0.5) -> Iterator[No
     """Within this, every ``call`` in process ``pid`` takes ``seconds`` longer."""
     with _attached(pid, log, call, f"delay_enter={round(seconds * 1e6)}"):
         yield
+
+
+@contextmanager
+def traced(pid: int, log: Path, call: str) -> Iterator[Callable[[], list[str]]]:
+    """Within this, every ``call`` in process ``pid`` is noted; afterwards, in their order, they are returned."""
+    with _attached(pid, log, call, "delay_exit=0"):
+        yield lambda: [line for line in log.read_text().splitlines() if f"{call}(" in line]
 
 
 @contextmanager
