@@ -168,7 +168,7 @@ class Guest:
             undo.pop_all()
         self.page_size = page_size
         self.base = base
-        self.direct_io = base.direct_io
+        self._note_direct_io(base.path, base.direct_io)
         self.blocks.update(blocks)
 
     def refuse_filled(self) -> None:
@@ -466,7 +466,7 @@ class Guest:
             written = await write(
                 target.file, request.stream_offset, image, epoch, self._save_options(), migration.progress
             )
-            self.direct_io = self.direct_io if written.direct_io is None else written.direct_io
+            self._note_direct_io(target.path, written.direct_io)
             migration.advance(MigrationStatus.DEVICE)
             with trio.CancelScope(shield=True):  # either it is published, or it is not
                 base = await trio.to_thread.run_sync(self._publish, target, written, request.stream_offset)
@@ -601,7 +601,14 @@ class Guest:
         return BaseOptions(self._direct_io(), self.parameters.multifd_channels, self.shared, uuid=uuid)
 
     def _direct_io(self) -> DirectIO:
-        return DirectIO(self.parameters.direct_io, self.parameters.direct_io_required)
+        """As QEMU: without multifd it has no effect, so that it can't be required either."""
+        return DirectIO(self.parameters.direct_io, self.parameters.direct_io_required and self.capabilities.multifd)
+
+    def _note_direct_io(self, path: str, direct_io: bool | None) -> None:
+        """Keep how pages went when last it mattered, and log once that direct I/O can't be had."""
+        if direct_io is False and self.direct_io is not False:
+            log.info("%s: no O_DIRECT there: pages go through the page cache of its file system", path)
+        self.direct_io = self.direct_io if direct_io is None else direct_io
 
     def _save_options(self) -> SaveOptions:
         """As QEMU: without multifd there is one channel, and direct-io has no effect."""
