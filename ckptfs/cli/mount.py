@@ -61,6 +61,7 @@ def main() -> int:
     try:
         options = parse_options(arguments.options, sloppy=arguments.sloppy)
         spec = _parse_spec(arguments.spec, options)
+        _make_absolute(options)
     except CkptfsError as error:
         print(f"mount.ckptfs: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -119,6 +120,14 @@ def _parse_spec(text: str, options: MountOptions) -> SeekableAddress | None:
     return FileMigrationArgs(os.path.abspath(target.filename), target.offset or options.image_offset or 0)
 
 
+def _make_absolute(options: MountOptions) -> None:
+    """Paths are meant from where the caller stands; the daemon will stand elsewhere."""
+    if options.qmp is not None:
+        options.qmp = os.path.abspath(options.qmp)
+    if options.log not in (None, "syslog"):
+        options.log = os.path.abspath(str(options.log))
+
+
 def open_guest(spec: SeekableAddress | None, options: MountOptions) -> Guest:
     """The guest that SPEC and the options describe: incoming, fresh, or empty.
 
@@ -129,11 +138,11 @@ def open_guest(spec: SeekableAddress | None, options: MountOptions) -> Guest:
     guest.parameters = options.parameters
     guest.capabilities = options.capabilities
     guest.uuid = options.uuid
-    guest.shared = {idstr: os.path.abspath(path) for idstr, path in options.shared.items()}
+    guest.shared = options.shared
     guest.descriptors = Descriptors(options.fdset, options.fd)
     guest.descriptors.check()
     if options.qmp is not None:
-        guest.machine = Machine(os.path.abspath(options.qmp), Identity.of_daemon())
+        guest.machine = Machine(options.qmp, Identity.of_daemon())
     if spec is not None and _is_there(spec, options):
         daemon = Identity.of_daemon()
         guest.fill(open_checkpoint(spec, daemon, guest.descriptors, guest.base_options()))
@@ -205,7 +214,7 @@ def _start_logging(options: MountOptions) -> None:
     handler: logging.Handler
     form = "%(asctime)s mount.ckptfs[%(process)d]: %(levelname)s: %(message)s"
     if options.log not in (None, "syslog"):
-        handler = logging.FileHandler(os.path.abspath(str(options.log)))
+        handler = logging.FileHandler(str(options.log))
     elif options.foreground and options.log is None:
         handler = logging.StreamHandler()
     elif os.path.exists("/dev/log"):
