@@ -143,17 +143,19 @@ class GuestBlock:
         self.stack = PageStack(self.page_count, newer, frozen.restored if keep_restored else None, base)
         return frozen.written if keep_restored else frozen.layers
 
-    def replace(self, carried: PageStack, base: BaseBlock, *, keep_restored: bool) -> tuple[Layer, ...]:
+    def replace(
+        self, carried: PageStack, fresh: "GuestBlock", base: BaseBlock, *, keep_restored: bool
+    ) -> list[Layer]:
         """Put what the machine handed over in the place of all there is; it is in ``base`` now.
 
-        Return the layers that are not needed any more, for the caller to close.
+        ``fresh`` is an empty block, or this one, and gives its layer for what is written from now on. Return the
+        layers that are not needed any more, for the caller to close.
         """
-        former = self.stack
-        (layer,) = carried.written
-        fresh = Layer(self.idstr, self.page_count, self.page_size)
+        (layer,), (top,) = carried.written, fresh.stack.written
+        dropped = [former for former in self.stack.layers if former is not top]
         self.received = base.file_bmap.copy() if keep_restored else PagesBitmap(self.page_count)
-        self.stack = PageStack(self.page_count, (fresh,), layer if keep_restored else None, base)
-        return former.layers if keep_restored else (*former.layers, layer)
+        self.stack = PageStack(self.page_count, (top,), layer if keep_restored else None, base)
+        return dropped if keep_restored else [*dropped, layer]
 
     def reset(self, layer: Layer) -> None:
         """Drop every page written since the base; ``layer`` is empty, and for what is written from now on."""

@@ -23,7 +23,7 @@ from ckptfs.channels.identity import Identity
 from ckptfs.channels.target import Target, open_target
 from ckptfs.errors import CommandError, QemuError, StateError, StorageError
 from ckptfs.guest.base import BadPagesError, Base, BaseOptions
-from ckptfs.guest.block import BaseBlock, Content, GuestBlock, PageStack
+from ckptfs.guest.block import Content, GuestBlock
 from ckptfs.guest.incoming import restore_blocks
 from ckptfs.guest.layer import Layer
 from ckptfs.guest.live import compose
@@ -343,10 +343,11 @@ class Guest:
                 block.drop_layer(upper)
                 upper.close()
 
-    async def _rebase(self, epoch: Epoch, base: Base) -> None:
+    async def _rebase(self, epoch: Epoch, fresh: dict[str, GuestBlock], base: Base) -> None:
         """Put the checkpoint that ``epoch`` was saved to below what was written since.
 
-        It has its final name already, so a lack of memory is no error here: RAM is then read from it.
+        ``fresh`` are empty blocks for those that the machine handed over. The checkpoint has its final name
+        already, so a lack of memory is no error here: RAM is then read from it.
         """
         former = None if self.restored else self.base  # that of a restored guest is closed
         if self.restored:
@@ -360,7 +361,9 @@ class Guest:
             if idstr not in epoch.carried:
                 dropped += self.blocks[idstr].rebase(frozen, base.blocks[idstr], keep_restored=self.restored)
             else:
-                dropped += self._take_over(idstr, frozen, base.blocks[idstr])
+                # its file, if it has one, shows from now on what the machine had
+                block = self.blocks.setdefault(idstr, fresh[idstr])
+                dropped += block.replace(frozen, fresh[idstr], base.blocks[idstr], keep_restored=self.restored)
         self.base = base
         await trio.to_thread.run_sync(_close_layers, dropped)
         if self.restored:
@@ -369,12 +372,6 @@ class Guest:
             await former.aclose()
         if epoch.carried and self.page_cache is not None:
             await self.page_cache.forget(epoch.carried)
-
-    def _take_over(self, idstr: str, carried: PageStack, base_block: BaseBlock) -> tuple[Layer, ...]:
-        """A block that the machine handed over: its file, if it has one, shows that from now on."""
-        if idstr not in self.blocks:
-            self.blocks[idstr] = GuestBlock(idstr, carried.page_count, self.page_size)
-        return self.blocks[idstr].replace(carried, base_block, keep_restored=self.restored)
 
     async def _keep_in_memory(self, epoch: Epoch) -> None:
         """A guest that was restored as a whole stays independent of any file: its pages stay in memory."""
@@ -460,6 +457,10 @@ class Guest:
         try:
             epoch, image = await self._begin_epoch(request)
             carried += (epoch.stacks[idstr].written[0] for idstr in epoch.carried)
+            fresh = {}
+            for idstr in epoch.carried:  # now, while a lack of memory can still fail the save
+                fresh[idstr] = GuestBlock(idstr, epoch.stacks[idstr].page_count, image.page_size)
+                carried += fresh[idstr].stack.written
             image = self._configured(image, epoch)
             migration.advance(MigrationStatus.ACTIVE)
             write = write_checkpoint if self.capabilities.mapped_ram else write_stream
@@ -471,7 +472,7 @@ class Guest:
             with trio.CancelScope(shield=True):  # either it is published, or it is not
                 base = await trio.to_thread.run_sync(self._publish, target, written, request.stream_offset)
                 if base is not None:
-                    await self._rebase(epoch, base)
+                    await self._rebase(epoch, fresh, base)
                     return
         except BaseException:
             await self._give_up_epoch(carried)

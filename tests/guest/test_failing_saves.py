@@ -13,7 +13,11 @@ import pytest
 import trio
 
 from ckptfs.errors import StorageError
-from ckptfs.guest.guest import Guest
+from ckptfs.guest.block import PageStack
+from ckptfs.guest.guest import Guest, SaveRequest
+from ckptfs.guest.layer import Layer
+from ckptfs.guest.outgoing import Epoch
+from ckptfs.mapped_ram.layout import Image, empty_image
 from tests.doubles.checkpoints import open_base, ram_in, ram_of, save_request
 from tests.doubles.held_save import held_save
 from tests.doubles.migration_file import Block, MigrationFile
@@ -172,6 +176,46 @@ async def test_each_call_of_a_save_fails(
         assert world.layers() == layers_before
         if failing.failed is None:
             break
+
+
+@pytest.mark.parametrize("make", [fresh, incoming, restored])
+async def test_each_layer_of_a_live_save_fails(directory: Path, make_world: MakeWorld, make: Maker) -> None:
+    """The machine hands over a block that the mount has, and one that it has not."""
+    world = await make_world(make)
+    guest = world.guest
+    handed_over = {"pc.ram": bytes([1]) * PAGE_COUNT * PAGE, "vga.vram": bytes([2]) * 16 * PAGE}
+
+    async def begin_epoch(request: SaveRequest) -> tuple[Epoch, Image]:
+        del request
+        epoch = guest.freeze(idstr for idstr in guest.blocks if idstr not in handed_over)
+        stacks = {}
+        for idstr, content in handed_over.items():
+            layer = Layer(idstr, len(content) // PAGE, PAGE)
+            layer.store(0, content)
+            stacks[idstr] = PageStack(len(content) // PAGE, (layer,), None, None)
+        blocks = [(idstr, len(content)) for idstr, content in (await ram_of(guest) | handed_over).items()]
+        return Epoch(epoch.stacks | stacks, guest.base, frozenset(stacks)), empty_image(blocks)
+
+    guest._begin_epoch = begin_epoch  # type: ignore[method-assign]  # as QEMU would give it
+    world.ram = (await ram_of(guest))["pc.ram"]
+    for number in count(3):  # the first two are the machine's
+        before = await ram_of(guest)
+        with FailingCall(("memfd_create",), number, errno.EMFILE).installed() as failing:
+            try:
+                await guest.save(save_request(world.path))
+            except StorageError as error:
+                noticed = error.errno
+            else:
+                noticed = None
+        if failing.failed is None:
+            break
+        assert noticed == errno.EMFILE
+        assert os.listdir(directory) == []
+        assert await ram_of(guest) == before
+    assert number > 3
+    assert await ram_of(guest) == ram_in(world.path) == handed_over
+    await guest.write(guest.blocks["vga.vram"], 5, b"written")
+    assert bytes(await guest.read(guest.blocks["vga.vram"], 0, 13)) == b"\2" * 5 + b"written" + b"\2"
 
 
 async def test_a_name_that_may_be_lost_is_an_error(directory: Path, make_world: MakeWorld) -> None:
