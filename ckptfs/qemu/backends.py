@@ -1,5 +1,6 @@
 """Which of QEMU's RAM blocks are memory backends, and whether they lie on this mount."""
 
+import errno
 import os
 import re
 from collections.abc import Iterable
@@ -40,7 +41,7 @@ class RAMFile:
 async def check_backends(monitor: Monitor, files: Iterable[RAMFile]) -> set[str]:
     """Return the RAM blocks that QEMU has on this mount; all of its memory backends have to be.
 
-    Raises QemuError, saying how to start QEMU instead, for a backend that lies elsewhere, that is private
+    Raises QemuError (EINVAL), saying how to start QEMU instead, for a backend that lies elsewhere, that is private
     (share=off), or that is no file (QEMU leaves memory-backend-memfd out of no stream, since 8.1).
     """
     by_inode = {(file.device, file.inode): file for file in files}
@@ -54,28 +55,33 @@ async def check_backends(monitor: Monitor, files: Iterable[RAMFile]) -> set[str]
         idstr = next((idstr for idstr in (name, _OBJECTS + name) if idstr in used), None)
         if idstr is None:
             continue  # an object that no machine or device uses
-        path = _OBJECTS + name
-        size = await monitor.execute("qom-get", path=path, property="size")
-        wanted = (
-            f"-object memory-backend-file,id={name},size={size},"
-            f"mem-path={paths.get(idstr, f'DIR/ram/{name}')},share=on"
-        )
-        if kind != "memory-backend-file":
-            raise QemuError(f"QEMU's RAM {idstr!r} is a {kind}, not a file of this mount: start QEMU with {wanted}")
-        if not await monitor.execute("qom-get", path=path, property="share"):
+        problem, fitting = await _problem(monitor, name, kind, idstr, by_inode)
+        if problem is not None:
+            size = await monitor.execute("qom-get", path=_OBJECTS + name, property="size")
+            fitting_name = fitting.removeprefix(_OBJECTS)
+            mem_path = paths.get(fitting, f"DIR/ram/{fitting_name}")
             raise QemuError(
-                f"QEMU's RAM {idstr!r} is share=off, so what it writes stays private: start it with {wanted}"
-            )
-        mem_path = await monitor.execute("qom-get", path=path, property="mem-path")
-        file = by_inode.get(await trio.to_thread.run_sync(_identify, mem_path))
-        if file is None:
-            raise QemuError(f"QEMU's RAM {idstr!r} lies in {mem_path}, not on this mount: start QEMU with {wanted}")
-        if file.idstr != idstr:
-            raise QemuError(
-                f"QEMU's RAM {idstr!r} lies in the file of block {file.idstr!r}: start it with id={file.idstr}"
+                f"QEMU's RAM {idstr!r} {problem}: start QEMU with "
+                f"-object memory-backend-file,id={fitting_name},size={size},mem-path={mem_path},share=on",
+                errno.EINVAL,
             )
         found.add(idstr)
     return found
+
+
+async def _problem(
+    monitor: Monitor, name: str, kind: str, idstr: str, by_inode: dict[tuple[int, int], RAMFile]
+) -> tuple[str | None, str]:
+    """What keeps the backend ``name`` from being the block ``idstr`` of this mount, and which block it should be."""
+    if kind != "memory-backend-file":
+        return f"is a {kind}, not a file of this mount", idstr
+    if not await monitor.execute("qom-get", path=_OBJECTS + name, property="share"):
+        return "is share=off, so what it writes stays private", idstr
+    mem_path = await monitor.execute("qom-get", path=_OBJECTS + name, property="mem-path")
+    file = by_inode.get(await trio.to_thread.run_sync(_identify, mem_path))
+    if file is None:
+        return f"lies in {mem_path}, not on this mount", idstr
+    return None if file.idstr == idstr else f"lies in the file of block {file.idstr!r}", file.idstr
 
 
 async def _named_blocks(monitor: Monitor) -> set[str]:

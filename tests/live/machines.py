@@ -143,3 +143,12 @@ def assert_holds(ram: Path, checkpoint: Path) -> None:
     for idstr, content in decode(checkpoint).blocks.items():
         file = ram / encode_name(idstr).decode()
         assert np.array_equal(np.fromfile(file, np.uint8), content), idstr
+
+
+async def was_stopped(vm: Qemu) -> bool:
+    """Whether the guest has stood still; asked once, it forgets."""
+    await vm.run_state()  # its answer comes after all events before it
+    with trio.move_on_after(0):
+        await vm.event("STOP")
+        return True
+    return False
