@@ -231,10 +231,12 @@ class Control:
     def _change_parameter(self, name: str, value: ParameterValue) -> None:
         guest = self._guest
         guest.parameters = guest.parameters.set(name, value, running=guest.migration.running)
+        self._mount.changes.note()
 
     def _change_capability(self, name: str, state: bool) -> None:
         guest = self._guest
         guest.capabilities = guest.capabilities.set(name, state, running=guest.migration.running)
+        self._mount.changes.note()
 
     # ---- status ------------------------------------------------------------------------------------
 
