@@ -1,0 +1,36 @@
+"""Every command that the documentation shows, as it stands there."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.examples.conftest import EXAMPLES, ROOT, Run
+
+DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/howto/*.md"))]
+
+
+def commands(document: Path) -> str:
+    """All blocks of shell commands in it, one after the other."""
+    return "".join(re.findall(r"^```sh\n(.*?)^```$", document.read_text(), re.MULTILINE | re.DOTALL))
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_its_commands_work(document: Path, run: Run) -> None:
+    script = commands(document)
+    assert script
+    run(script)
+
+
+def test_the_walk_is_an_example() -> None:
+    first, *_ = re.findall(r"^```sh\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert (EXAMPLES / "walk.sh").read_text().endswith("\n" + first)
+
+
+@pytest.mark.parametrize(
+    "document", sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")}), ids=lambda path: path.name
+)
+def test_its_links_lead_somewhere(document: Path) -> None:
+    links = re.findall(r"\]\((?!https?://)([^)#]+)(?:#[^)]*)?\)", document.read_text())
+    missing = [link for link in links if not (document.parent / link).exists()]
+    assert not missing
