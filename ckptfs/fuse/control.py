@@ -23,7 +23,7 @@ from ckptfs.migration.capabilities import CAPABILITIES, format_state, parse_stat
 from ckptfs.migration.parameters import ParameterValue, find_parameter
 from ckptfs.namespace import ctl
 from ckptfs.namespace.names import decode_name
-from ckptfs.namespace.status import Status
+from ckptfs.namespace.status import Status, printable
 
 if TYPE_CHECKING:
     from ckptfs.fuse.mount import Mount
@@ -46,10 +46,11 @@ def errno_of(error: CkptfsError | OSError) -> int:
 
 def describe(error: CkptfsError | OSError) -> str:
     """One line for the user."""
+    text = str(error)
     if isinstance(error, OSError):
-        text = error.strerror or str(error)
-        return text if error.filename is None else f"{os.fsdecode(error.filename)}: {text}"
-    return str(error)
+        text = error.strerror or text
+        text = text if error.filename is None else f"{os.fsdecode(error.filename)}: {text}"
+    return printable(text)  # it may quote whatever somebody wrote, or named a file
 
 
 class Control:
@@ -74,10 +75,12 @@ class Control:
         try:
             command = ctl.parse_command(text)
             answer = await _METHODS[type(command)](self, command, identity)
-            return Outcome(answer.encode(errors="surrogateescape") + b"\n")
+            if not isinstance(command, ctl.Info | ctl.Help):
+                answer = printable(answer)  # one line, whatever the name of a file
+            return Outcome(answer.encode() + b"\n")
         except (CkptfsError, OSError) as error:
             log.info("ctl: %r: %s", text[:200], describe(error))
-            return Outcome(f"error: {describe(error)}\n".encode(errors="surrogateescape"), errno_of(error))
+            return Outcome(f"error: {describe(error)}\n".encode(), errno_of(error))
         except Exception:
             log.exception("ctl: %r", text[:200])
             return Outcome(b"error: internal error, see the log\n", errno.EIO)
