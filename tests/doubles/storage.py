@@ -1,6 +1,7 @@
 """Storage that shortens and fails: `os` functions replaced by ones with the fault that a test asks for."""
 
 import errno
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -8,6 +9,7 @@ from random import Random
 from typing import Any
 
 import pytest
+import trio
 
 
 def open_descriptors() -> dict[str, str]:
@@ -19,6 +21,14 @@ def open_descriptors() -> dict[str, str]:
         except FileNotFoundError:
             continue  # the listing itself
     return links
+
+
+async def wait_until_open(expected: dict[str, str]) -> None:
+    """Return when nothing else is open: a thread that was left to itself closes its descriptor when it ends."""
+    with trio.fail_after(10):
+        while open_descriptors() != expected:
+            gc.collect()  # tracebacks of errors that tests saw hold on to memory
+            await trio.lowlevel.checkpoint()
 
 
 class ShortTransfers:

@@ -1,9 +1,8 @@
 """Readers, writers and saves at the same time."""
 
-import gc
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from pathlib import Path
 from random import Random
@@ -18,7 +17,7 @@ from ckptfs.guest.guest import Guest
 from tests.doubles.checkpoints import fill, open_base, ram_in, ram_of, save_request
 from tests.doubles.held_save import held_save
 from tests.doubles.migration_file import Block, MigrationFile
-from tests.doubles.storage import open_descriptors
+from tests.doubles.storage import open_descriptors, wait_until_open
 
 PAGE = 4096
 PAGE_COUNT = 600
@@ -83,15 +82,14 @@ def golden(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def guest(golden: Path, reads: GatedReads) -> Iterator[Guest]:
+async def guest(golden: Path, reads: GatedReads) -> AsyncIterator[Guest]:
     before = open_descriptors()
     guest = Guest.incoming(open_base(golden, channel_count=2))
     guest.capabilities = guest.capabilities.set("multifd", True)
     yield guest
     reads.open()
     guest.close()
-    gc.collect()  # tracebacks of errors that tests saw hold on to memory
-    assert open_descriptors() == before
+    await wait_until_open(before)
 
 
 def in_background(nursery: trio.Nursery, guest: Guest, block_offset: int, length: int) -> dict[str, bytes]:
@@ -451,6 +449,7 @@ async def test_writers_that_are_held_wait_and_readers_do_not(guest: Guest, tmp_p
 async def test_a_backing_storage_that_gives_no_answer_is_an_error_for_all_who_wait(
     golden: Path, reads: GatedReads
 ) -> None:
+    before = open_descriptors()
     guest = Guest.incoming(open_base(golden, channel_count=2, deadline=0.05))
     reads.shut()
     errors = []
@@ -467,3 +466,4 @@ async def test_a_backing_storage_that_gives_no_answer_is_an_error_for_all_who_wa
     assert len(reads.offsets) == 1
     reads.open()
     guest.close()
+    await wait_until_open(before)

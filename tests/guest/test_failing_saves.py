@@ -3,7 +3,7 @@
 import errno
 import gc
 import os
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -21,7 +21,7 @@ from ckptfs.mapped_ram.layout import Image, empty_image
 from tests.doubles.checkpoints import open_base, ram_in, ram_of, save_request
 from tests.doubles.held_save import held_save
 from tests.doubles.migration_file import Block, MigrationFile
-from tests.doubles.storage import FailingCall, ShortTransfers, open_descriptors
+from tests.doubles.storage import FailingCall, ShortTransfers, open_descriptors, wait_until_open
 
 PAGE = 4096
 PAGE_COUNT = 300
@@ -93,7 +93,7 @@ MakeWorld = Callable[[Maker], Awaitable[World]]
 
 
 @pytest.fixture
-def make_world(directory: Path, golden: Path) -> Iterator[MakeWorld]:
+async def make_world(directory: Path, golden: Path) -> AsyncIterator[MakeWorld]:
     """`await make_world(incoming)`; in the end nothing stays open."""
     before = open_descriptors()
     worlds = []
@@ -106,15 +106,14 @@ def make_world(directory: Path, golden: Path) -> Iterator[MakeWorld]:
     yield make_world
     for world in worlds:
         world.guest.close()
-    gc.collect()
-    assert open_descriptors() == before
+    await wait_until_open(before)
 
 
-async def wait_until_open(number: int) -> None:
-    """Threads that were left to themselves when a save failed close their descriptors when they end."""
+async def wait_until_so_many_are_open(number: int) -> None:
+    """The same for descriptors that get other numbers."""
     with trio.fail_after(10):
         while len(open_descriptors()) != number:
-            gc.collect()  # tracebacks of errors that tests saw hold on to memory
+            gc.collect()
             await trio.lowlevel.checkpoint()
 
 
@@ -169,10 +168,10 @@ async def test_each_call_of_a_save_fails(
         assert (await ram_of(world.guest))["pc.ram"] == world.ram
         if make is restored and not world.guest.restored:
             await world.guest.restore()  # there was no memory to keep it all
-        await wait_until_open(open_before)
+        await wait_until_so_many_are_open(open_before)
         assert world.layers() == layers_before
         await world.save()
-        await wait_until_open(open_before)
+        await wait_until_so_many_are_open(open_before)
         assert world.layers() == layers_before
         if failing.failed is None:
             break
@@ -228,7 +227,7 @@ async def test_a_name_that_may_be_lost_is_an_error(directory: Path, make_world: 
         await world.guest.save(save_request(world.path))
     assert ram_in(world.path)["pc.ram"] == world.ram
     assert os.listdir(directory) == ["checkpoint"]
-    await wait_until_open(before)
+    await wait_until_so_many_are_open(before)
     await world.write()
     await world.save()
 
@@ -271,6 +270,6 @@ async def test_a_place_that_is_refused_costs_nothing(directory: Path, make_world
     for path in (directory / "missing" / "checkpoint", directory):
         with pytest.raises(Exception, match=str(path)):
             await world.guest.save(save_request(path))
-        await wait_until_open(before)
+        await wait_until_so_many_are_open(before)
         assert world.layers() == 1
     await world.save()
