@@ -83,8 +83,9 @@ def _size(text: str) -> int:
 
 def _info(arguments: argparse.Namespace) -> str:
     from ckptfs.cli import info  # with numpy, which the other commands do without
+    from ckptfs.cli.mounted import is_dead_mount
 
-    if os.path.isdir(arguments.path):
+    if os.path.isdir(arguments.path) or is_dead_mount(arguments.path):
         document = info.describe_mount(arguments.path)
         text = info.format_mount
     else:

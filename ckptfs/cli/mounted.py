@@ -8,6 +8,15 @@ from typing import Any
 from ckptfs.errors import StateError
 
 
+def is_dead_mount(path: str) -> bool:
+    """Whether a FUSE file system was mounted at ``path`` whose daemon is gone."""
+    try:
+        os.stat(path)
+    except OSError as error:
+        return error.errno == errno.ENOTCONN
+    return False
+
+
 def read_status(directory: str) -> dict[str, Any]:
     """Return the object in ``directory``/status.json.
 

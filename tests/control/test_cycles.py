@@ -37,7 +37,7 @@ def test_saves_restores_and_resets_leave_nothing(mount: Mount, tmp_path: Path) -
     # It is one target or the other that is the base; an even number of rounds ends as it began.
     assert footprint(mounted.pid) == before[0]
     assert thread_count(mounted.pid) <= threads + 2
-    assert memory_length(mounted.pid) < before[1] + 2 * MiB
+    assert memory_length(mounted.pid) < before[1] + 16 * MiB  # what is leaked each round would be more
     assert sorted(os.listdir(tmp_path)) == ["checkpoint", "log1", "mnt1", "other"]
 
 

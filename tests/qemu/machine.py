@@ -159,7 +159,10 @@ class Qemu:
         await self.qmp("stop")
 
     async def cont(self) -> None:
-        """Let the guest go on."""
+        """Let the guest go on; one that is being loaded, afterwards: QEMU forgets a cont that comes before."""
+        with trio.fail_after(DEADLINE):
+            while await self.run_state() == "inmigrate":
+                await trio.lowlevel.checkpoint()
         await self.qmp("cont")
 
     async def run_state(self) -> str:
