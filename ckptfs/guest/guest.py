@@ -532,16 +532,24 @@ class Guest:
     async def _begin_epoch(self, request: SaveRequest) -> tuple[Epoch, Image]:
         """Return RAM at one moment, and what goes into the file beside it."""
         if self.machine is not None and not request.ram_only:
-            return await self._capture(self.machine)
+            captured = await self._capture(self.machine)
+            if captured is not None:
+                return captured
         async with self._settled():
             self._refuse_mixed_moments(request)
             return self.freeze(self.blocks), self._image(request.ram_only)
 
-    async def _capture(self, machine: Machine) -> tuple[Epoch, Image]:
-        """Take RAM and device state of the machine behind the mount at one moment."""
+    async def _capture(self, machine: Machine) -> tuple[Epoch, Image] | None:
+        """Take RAM and device state of the machine behind the mount at one moment.
+
+        None if it has been saved while it was paused: QEMU does not do that twice (run state postmigrate), but
+        then nothing has changed since, and RAM and device state are those of the base.
+        """
         assert self.page_cache is not None
         page_cache = self.page_cache
         async with self.monitor(machine) as monitor:
+            if machine.run_state == "postmigrate":
+                return None
             found = await check_backends(monitor, page_cache.files(self.blocks))
             if not found:
                 raise QemuError(
@@ -561,15 +569,26 @@ class Guest:
         machine.state = "lost" if machine.state == "connected" else machine.state
         async with connected(machine.qmp_path, machine.identity) as monitor:
             machine.state = "connected"
-            machine.run_state = (await monitor.execute("query-status"))["status"]
-            yield monitor
-            machine.run_state = (await monitor.execute("query-status"))["status"]
+            try:
+                machine.run_state = (await monitor.execute("query-status"))["status"]
+                yield monitor
+                machine.run_state = (await monitor.execute("query-status"))["status"]
+            except QemuError as error:
+                machine.state = "lost" if error.errno in (errno.EPIPE, errno.ETIMEDOUT) else machine.state
+                raise
 
     def _refuse_mixed_moments(self, request: SaveRequest) -> None:
         """RAM of one moment and device state of another would be a checkpoint that corrupts its guest."""
-        if request.ram_only or not self.machine_ran or not self.has_device_state:
+        if request.ram_only:
             return
-        if self.has_written:
+        unchanged = self.machine_ran and self.has_device_state and not self.has_written
+        if self.machine is not None and not unchanged:
+            raise StateError(
+                "QEMU has saved this guest while it was stopped, and does not save it once more before it has run: "
+                "`cont`, then save",
+                errno.EBUSY,
+            )
+        if self.machine_ran and self.has_device_state and self.has_written:
             raise StateError(
                 "a machine has run on this RAM, so the device state of the checkpoint is older than RAM: "
                 "bind its QMP socket (qmp SOCKET) to save both, or say `save ram-only`, or `reset`",

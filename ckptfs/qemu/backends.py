@@ -72,7 +72,7 @@ async def check_backends(monitor: Monitor, files: Iterable[RAMFile]) -> set[str]
 async def _problem(
     monitor: Monitor, name: str, kind: str, idstr: str, by_inode: dict[tuple[int, int], RAMFile]
 ) -> tuple[str | None, str]:
-    """What keeps the backend ``name`` from being the block ``idstr`` of this mount, and which block it should be."""
+    """What keeps backend ``name`` from being block ``idstr`` of this mount, and which block it should be."""
     if kind != "memory-backend-file":
         return f"is a {kind}, not a file of this mount", idstr
     if not await monitor.execute("qom-get", path=_OBJECTS + name, property="share"):

@@ -65,7 +65,7 @@ async def capture(monitor: Monitor, flush: Callable[[], Awaitable[None]], freeze
     """Stop the guest, take its device state and the epoch, and let it go on.
 
     Afterwards, also after any error, a guest that ran runs; one that was paused stays paused, in QEMU's state
-    postmigrate, from which QEMU does not migrate once more before it has run. Capabilities and parameters are
+    postmigrate, from which it does not migrate once more before it has run. Capabilities and parameters are
     as before. Raises QemuError or StateError, whose text names the step.
     """
     run_state = await _run_state(monitor)
