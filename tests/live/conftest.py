@@ -6,10 +6,10 @@ from collections.abc import Iterator
 import pytest
 
 from tests.live.machines import LiveCheckpoints
-from tests.mount.conftest import Mount, _adopt_orphans, mount
+from tests.mount.conftest import Mount, _adopt_orphans, mount, public
 from tests.qemu.guest import Guest
 
-__all__ = ["Mount", "_adopt_orphans", "mount"]
+__all__ = ["Mount", "_adopt_orphans", "mount", "public"]
 
 
 @pytest.fixture(scope="session")

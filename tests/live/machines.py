@@ -1,6 +1,7 @@
 """The machines that these tests run, with their RAM on a mount or anonymous, and checkpoints of them."""
 
 import tempfile
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,23 +98,20 @@ class LiveCheckpoints:
         self._guest = guest
         self._directory = directory
         self._live: dict[Machine, LiveCheckpoint] = {}
-        self._stock: dict[Machine, LiveCheckpoint] = {}
+        self._stock: dict[tuple[Machine, bool], LiveCheckpoint] = {}
 
     def live(self, machine: Machine) -> LiveCheckpoint:
         """The checkpoint that `save` wrote of a running guest on a fresh mount, which went on running."""
-        return self._made(self._live, machine, self._save_live)
+        if machine not in self._live:
+            self._live[machine] = _in_thread(self._save_live, machine)
+        return self._live[machine]
 
-    def stock(self, machine: Machine) -> LiveCheckpoint:
-        """One that QEMU wrote by itself, stopped, from anonymous RAM; its run state is "running" all the same."""
-        self.live(machine)
-        return self._made(self._stock, machine, self._save_stock)
-
-    @staticmethod
-    def _made(made: dict[Machine, LiveCheckpoint], machine: Machine, make: Any) -> LiveCheckpoint:
-        if machine not in made:
-            with ThreadPoolExecutor(1) as thread:  # tests that are inside trio.run can't run another in theirs
-                made[machine] = thread.submit(trio.run, make, machine).result()
-        return made[machine]
+    def stock(self, machine: Machine, *, stopped: bool = True) -> LiveCheckpoint:
+        """One that QEMU wrote by itself, from anonymous RAM; a guest that was stopped has to be told to go on."""
+        key = machine, stopped
+        if key not in self._stock:
+            self._stock[key] = _in_thread(self._save_stock, self.live(machine), stopped)
+        return self._stock[key]
 
     async def _save_live(self, machine: Machine) -> LiveCheckpoint:
         directory = Path(tempfile.mkdtemp(dir=self._directory))
@@ -128,13 +126,21 @@ class LiveCheckpoints:
             mounted.clean_up()
         return LiveCheckpoint(directory / "migfile", machine, self._guest, last_tick)
 
-    async def _save_stock(self, machine: Machine) -> LiveCheckpoint:
+    async def _save_stock(self, live: LiveCheckpoint, stopped: bool) -> LiveCheckpoint:
         path = self._directory / f"stock-{len(self._stock)}"
-        async with machine.anonymous(self._guest) as vm:
-            await vm.load(self._live[machine].path)
+        async with live.machine.anonymous(self._guest) as vm:
+            await vm.load(live.path)
             last_tick = await vm.tick()
+            if stopped:
+                await vm.stop()
             await vm.migrate_to(path, multifd=2, direct_io=True)
-        return LiveCheckpoint(path, machine, self._guest, last_tick)
+        return LiveCheckpoint(path, live.machine, self._guest, last_tick)
+
+
+def _in_thread(make: Callable[..., Awaitable[LiveCheckpoint]], *arguments: Any) -> LiveCheckpoint:
+    """Tests that are inside trio.run can't run another one in their thread."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(trio.run, make, *arguments).result()
 
 
 def assert_holds(ram: Path, checkpoint: Path) -> None:

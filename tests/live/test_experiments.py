@@ -37,6 +37,7 @@ async def test_a_guest_starts_on_what_qemu_saved_alone_and_is_saved_live(
     mounted = mount(checkpoint.path)
     incoming = f"file:{mounted.path}/vmstate"
     async with machine.on(mounted.ram, checkpoint.guest, incoming=incoming) as vm:
+        await vm.cont()
         tick = await vm.tick()
         assert tick > checkpoint.last_tick
         assert mounted.status()["checkpoint-pages"] > 0, "it should come as it is touched"
