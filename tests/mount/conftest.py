@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -29,8 +30,8 @@ def mount_point(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.fixture
-def mount(tmp_path: Path) -> Iterator[Mount]:
-    """`mount(SPEC, OPTION...)`: a new `Mounted` on a directory of its own."""
+def mount(tmp_path: Path, public: Path) -> Iterator[Mount]:
+    """`mount(SPEC, OPTION...)`: a new `Mounted` on a directory of its own; gone before tmp_path and public are."""
     with ExitStack() as stack:
         count = 0
 
@@ -38,11 +39,21 @@ def mount(tmp_path: Path) -> Iterator[Mount]:
             nonlocal count
             count += 1
             path = how.pop("path", tmp_path / f"mnt{count}")
-            mounted = Mounted(spec, path, tmp_path / f"log{count}", *options, **how)
+            log = how.pop("log", tmp_path / f"log{count}")
+            mounted = Mounted(spec, path, log, *options, **how)
             stack.callback(mounted.clean_up)
             return mounted
 
         yield new_mount
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A directory that everybody may pass through, as pytest's own are not."""
+    with TemporaryDirectory(prefix="public-") as directory:
+        path = Path(directory)
+        path.chmod(0o755)
+        yield path
 
 
 @pytest.fixture

@@ -4,9 +4,7 @@ import errno
 import os
 import pwd
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -150,15 +148,6 @@ def test_an_offset_into_a_file_that_is_mounted(mount: Mount, tmp_path: Path) -> 
 
 
 # --- somebody else's words --------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def public() -> Iterator[Path]:
-    """A directory that everybody may pass through, as pytest's own are not."""
-    with TemporaryDirectory(prefix="public-") as directory:
-        path = Path(directory)
-        path.chmod(0o755)
-        yield path
 
 
 def test_a_root_daemon_saves_only_where_the_writer_could(mount: Mount, public: Path) -> None:
