@@ -50,6 +50,13 @@ MAX_TASKS = 2000
 many may be inside one, as every writer that `stop` holds back is."""
 
 
+class _Option(str):
+    """A mount option as pyfuse3 wants it, which encodes it: a path may be more than the ASCII that pyfuse3 knows."""
+
+    def encode(self, encoding: str = "", errors: str = "") -> bytes:
+        return os.fsencode(str(self))
+
+
 class Mount:
     """What `Operations` and `Control` ask about this mount, and its life from mount to umount."""
 
@@ -265,7 +272,7 @@ class Mount:
     def _fuse_options(self) -> set[str]:
         """Options for libfuse; a comma or backslash in ``fsname`` would end it and begin another option."""
         source = self.source.replace("\\", "\\\\").replace(",", "\\,")
-        options = {"default_permissions", f"fsname={source}", "subtype=ckptfs"}
+        options = {"default_permissions", _Option(f"fsname={source}"), "subtype=ckptfs"}
         if self.options.allow_other:
             options.add("allow_other")
         return options  # not ro, with which nobody could open ctl: the daemon itself refuses to change RAM
