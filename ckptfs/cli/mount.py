@@ -209,6 +209,13 @@ def _enter_namespace(path: str) -> None:
     raise CommandError("-N needs Python 3.12 or later")
 
 
+class _Formatter(logging.Formatter):
+    """Writes one line a message, whatever is quoted in it; a traceback comes after it as it is."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name is logging's
+        return super().formatMessage(record).replace("\n", "\\n")
+
+
 def _start_logging(options: MountOptions) -> None:
     """Log to the terminal in the foreground, else to syslog, or to where log= says."""
     handler: logging.Handler
@@ -222,7 +229,7 @@ def _start_logging(options: MountOptions) -> None:
         form = "mount.ckptfs[%(process)d]: %(levelname)s: %(message)s"
     else:
         handler = logging.NullHandler()
-    handler.setFormatter(logging.Formatter(form))
+    handler.setFormatter(_Formatter(form))
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(logging.WARNING)
