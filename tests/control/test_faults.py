@@ -8,13 +8,14 @@ import errno
 import os
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.control.faults import failures, run_failing
+from tests.control.faults import delayed, failures, run_failing
 from tests.control.footprint import footprint, thread_count
 from tests.doubles.migration_file import Block, MigrationFile
 from tests.mount.conftest import Mount
@@ -214,6 +215,21 @@ def test_an_empty_mount_that_can_not_be_filled_stays_empty(
         assert list(mounted.ram.iterdir()) == []
         assert mounted.status()["base"] is None
     assert (mounted.ram / "pc.ram").read_bytes()[3 * PAGE :].startswith(b"third")
+
+
+def test_two_that_fill_an_empty_mount_at_once(mount: Mount, tmp_path: Path) -> None:
+    paths = [tmp_path / "one", tmp_path / "other"]
+    for path in paths:
+        MigrationFile(blocks=[Block("pc.ram", 512, {3: path.name.encode()})]).write(path)
+    mounted = mount("none", f"multifd_channels={CHANNELS}")
+    with delayed(mounted.pid, tmp_path / "strace", "pread64", 0.02), ThreadPoolExecutor() as threads:
+        answers = [threads.submit(mounted.ctl, f"migrate_incoming file:{path}") for path in paths]
+        refused = [answer.exception() for answer in answers]
+    assert [type(problem) for problem in refused].count(FileExistsError) == 1
+    filled = paths[refused.index(None)]
+    descriptors = footprint(mounted.pid).descriptors
+    assert [descriptors[str(path)] for path in paths] == [(path == filled) * (1 + CHANNELS) for path in paths]
+    assert (mounted.ram / "pc.ram").read_bytes()[3 * PAGE :].startswith(filled.name.encode())
 
 
 @pytest.mark.parametrize(
