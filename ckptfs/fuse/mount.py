@@ -51,7 +51,7 @@ many may be inside one, as every writer that `stop` holds back is."""
 
 
 class _Option(str):
-    """A mount option as pyfuse3 wants it, which encodes it: a path may be more than the ASCII that pyfuse3 knows."""
+    """A mount option: pyfuse3 asks it for its bytes, and would take ASCII alone, but a path may hold anything."""
 
     def encode(self, encoding: str = "", errors: str = "") -> bytes:
         return os.fsencode(str(self))
