@@ -58,9 +58,7 @@ class Machine:
         how["incoming"] = incoming
         if len(self.backends) == 1:
             return Qemu(guest, *self.devices, *arguments, machine=self.type, memory=self.memory, **how)
-        return self._with(
-            {name: "memory-backend-ram" for name, _ in self.backends}, guest, incoming=incoming, **how
-        )
+        return self._with({name: "memory-backend-ram" for name, _ in self.backends}, guest, *arguments, **how)
 
     def _with(self, kinds: dict[str, str], guest: Guest, *arguments: str, **how: Any) -> Qemu:
         objects = []
