@@ -4,10 +4,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.mount.conftest import _adopt_orphans, mount
+from tests.mount.conftest import _adopt_orphans, mount, mount_point, public
 from tests.mount.harness import Mounted
 
-__all__ = ["_adopt_orphans", "mount", "standing"]
+__all__ = ["_adopt_orphans", "mount", "mount_point", "public", "standing"]
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,5 @@
 """Real mounts, as in tests/mount."""
 
-from tests.mount.conftest import _adopt_orphans, mount
+from tests.mount.conftest import _adopt_orphans, mount, public
 
-__all__ = ["_adopt_orphans", "mount"]
+__all__ = ["_adopt_orphans", "mount", "public"]
