@@ -115,16 +115,15 @@ class HandedFile:
 
 @dataclass(frozen=True)
 class NamedFile:
-    """One descriptor that was handed in under a name: it serves for all, however it was opened."""
+    """One descriptor that was handed in under a name: it serves for all, so it can't have O_DIRECT."""
 
     fd: int
 
     def open_pages(self, direct_io: DirectIO) -> tuple[int, bool]:
         """Duplicate it."""
-        bypasses_cache = bool(fcntl.fcntl(self.fd, fcntl.F_GETFL) & os.O_DIRECT)
-        if direct_io.wanted and direct_io.required and not bypasses_cache:
+        if direct_io.wanted and direct_io.required:
             raise StorageError("direct-io is on, but the descriptor was opened without O_DIRECT", errno.EINVAL)
-        return fcntl.fcntl(self.fd, fcntl.F_DUPFD_CLOEXEC, 0), bypasses_cache
+        return fcntl.fcntl(self.fd, fcntl.F_DUPFD_CLOEXEC, 0), False
 
     def close(self) -> None:
         """Close our duplicate."""

@@ -43,7 +43,14 @@ class Descriptors:
         if name not in self.names:
             raise StorageError("no descriptor of that name was handed in (-o fd=NAME:FD)", errno.ENOENT)
         fd = self.names[name]
-        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE not in (access, os.O_RDWR):
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        if flags & os.O_DIRECT:
+            raise StorageError(
+                "the descriptor was opened with O_DIRECT, but headers are not aligned: hand in one without, or an"
+                " fdset of both",
+                errno.EINVAL,
+            )
+        if flags & os.O_ACCMODE not in (access, os.O_RDWR):
             wanted = "reading" if access == os.O_RDONLY else "writing"
             raise StorageError(f"the descriptor was not opened for {wanted}", errno.EACCES)
         return NamedFile(fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0))

@@ -77,7 +77,11 @@ class HandedTarget:
 
     def keep_prefix(self) -> None:
         """Cut the file there: what lies before it stays."""
-        os.ftruncate(self.file.fd, self._stream_offset)
+        try:
+            os.ftruncate(self.file.fd, self._stream_offset)
+        except OSError as error:
+            problem = f"failed to truncate migration file to offset {self._stream_offset:#x}: {error.strerror}"
+            raise StorageError(f"{self.path}: {problem}", error.errno) from error
         self._begun = True
 
     def seal(self, file_offset: int, header: bytes) -> None:

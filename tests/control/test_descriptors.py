@@ -110,9 +110,8 @@ def test_a_mount_from_a_set(checkpoint: Path, mount: Mount) -> None:
 
 
 @pytest.mark.parametrize("option", ["fdset=1:77", "fd=ck:77"])
-def test_a_number_that_is_no_descriptor(option: str, checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "mnt").mkdir()
-    result = run_mount(checkpoint, tmp_path / "mnt", option)
+def test_a_number_that_is_no_descriptor(option: str, checkpoint: Path, mount_point: Path) -> None:
+    result = run_mount(checkpoint, mount_point, option)
     assert result.returncode == MOUNT_FAILURE
     assert "77 is not an open descriptor of this process" in result.stderr
 
@@ -143,6 +142,23 @@ def test_a_save_to_a_descriptor_for_reading(checkpoint: Path, target: Path, moun
     with pytest.raises(OSError, match=r"fd:in: the descriptor was not opened for writing") as caught:
         mounted.ctl("migrate fd:in")
     assert caught.value.errno == errno.EACCES
+
+
+@pytest.mark.parametrize("flags", [DIRECT, os.O_RDWR | os.O_DIRECT], ids=oct)
+def test_a_named_descriptor_with_direct_io(flags: int, checkpoint: Path, target: Path, mount: Mount) -> None:
+    mounted = mount(checkpoint, f"fd=out:{FIRST}", program=mount_inheriting(Handed(target, flags)))
+    with pytest.raises(OSError, match=r"fd:out: the descriptor was opened with O_DIRECT") as caught:
+        mounted.ctl("migrate fd:out")
+    assert caught.value.errno == errno.EINVAL
+
+
+@pytest.mark.parametrize("path", ["/dev/full", "/dev/null"])
+def test_what_can_not_be_truncated(path: str, checkpoint: Path, mount: Mount) -> None:
+    mounted = inheriting(mount, checkpoint, Handed(Path(path), os.O_WRONLY))
+    text = r"/dev/fdset/1: failed to truncate migration file to offset 0x0: Invalid argument"
+    with pytest.raises(OSError, match=text) as caught:
+        mounted.ctl("migrate file:/dev/fdset/1")
+    assert caught.value.errno == errno.EINVAL
 
 
 def test_an_empty_mount_is_filled_from_a_descriptor(checkpoint: Path, mount: Mount) -> None:

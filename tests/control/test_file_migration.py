@@ -228,9 +228,8 @@ def test_a_uuid_that_is_right_or_not_looked_at(options: tuple[str, ...], with_uu
     assert mount(with_uuid, *options).status()["base-devices"]
 
 
-def test_a_uuid_that_is_wrong(with_uuid: Path, tmp_path: Path) -> None:
-    (tmp_path / "mnt").mkdir()
-    result = run_mount(with_uuid, tmp_path / "mnt", f"validate_uuid=on,uuid={OTHER_UUID}")
+def test_a_uuid_that_is_wrong(with_uuid: Path, mount_point: Path) -> None:
+    result = run_mount(with_uuid, mount_point, f"validate_uuid=on,uuid={OTHER_UUID}")
     assert result.returncode == MOUNT_FAILURE
     assert f"UUID received is {UUID} and local is {OTHER_UUID}" in result.stderr
 

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -185,14 +184,6 @@ def test_no_space_left(multifd: str, direct_io: str, small_disk: Path, mount: Mo
     subprocess.run(["mount", "-o", "remount,size=32M", small_disk], check=True)
     mounted.ctl("save")
     assert decode(path).blocks["pc.ram"].tobytes() == data
-
-
-@pytest.fixture
-def public() -> Iterator[Path]:
-    """A directory that everybody may pass through."""
-    with TemporaryDirectory() as name:
-        os.chmod(name, 0o711)
-        yield Path(name)
 
 
 def test_a_save_by_somebody_who_may_not(public: Path, mount: Mount) -> None:
