@@ -37,9 +37,10 @@ def qemu_args(directory: str, share: str | None, nodes: list[str] | None) -> lis
         )
     backends = _in_order(directory, status, nodes)
     total = sum(block["used-length"] for block in backends)
+    sharing = _sharing(path, share, read_only=status["writers"] == "none")
     arguments = ["-m", _memory(total)]
     for block in backends:
-        arguments += ["-object", _backend(block, path, _sharing(path, share))]
+        arguments += ["-object", _backend(block, path, sharing)]
     machine = [status["base-machine"]] if status["vmstate"] != "none" else []
     if len(backends) == 1:
         machine.append(f"memory-backend={_id(backends[0])}")
@@ -86,8 +87,7 @@ def _backend(block: Block, path: str, sharing: str) -> str:
     return f"memory-backend-file,id={_id(block)},size={block['used-length']},mem-path={mem_path},{sharing}"
 
 
-def _sharing(path: str, share: str | None) -> str:
-    read_only = bool(os.statvfs(path).f_flag & os.ST_RDONLY)
+def _sharing(path: str, share: str | None, *, read_only: bool) -> str:
     if share == "on" and read_only:
         raise CommandError(f"{path}: is mounted read-only (ro), so its guests have share=off")
     if read_only:

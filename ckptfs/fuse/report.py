@@ -74,7 +74,7 @@ def describe_mount(mount: "Mount", last_command: str | None, last_outcome: str |
         base=None if guest.base is None else guest.base.path,
         vmstate=_vmstate(guest),
         direct_io=guest.direct_io_state,
-        writers="running" if guest.writers_run else "stopped",
+        writers=_writers(guest),
         qmp="none" if guest.machine is None else f"{guest.machine.state} {guest.machine.qmp_path}",
         guest=None if guest.machine is None else guest.machine.run_state,
         restored=guest.restored,
@@ -100,6 +100,12 @@ def _state(guest: Guest) -> MountState:
     if not guest.migration.running:
         return MountState.IDLE
     return MountState.SAVING if guest.migration.kind == "save" else MountState.RESTORING
+
+
+def _writers(guest: Guest) -> str:
+    if guest.read_only:
+        return "none"
+    return "running" if guest.writers_run else "stopped"
 
 
 def _vmstate(guest: Guest) -> str:

@@ -67,7 +67,7 @@ class Status:
     restored: bool
     """Whether all RAM is in memory and the file is not needed any more."""
     writers: str
-    """``running``, or ``stopped`` by the command stop."""
+    """``running``, ``stopped`` by the command stop, or ``none`` in a read-only mount."""
     qmp: str
     """The QMP socket and how it stands: ``connected /run/vm1.qmp``; ``none``."""
     guest: str | None

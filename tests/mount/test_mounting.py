@@ -67,6 +67,7 @@ def test_a_read_only_mount(mount: Mount, checkpoint: Path, tmp_path: Path) -> No
         assert caught.value.errno == errno.EPERM
     assert not (tmp_path / "other").exists()
     assert mounted.ctl("restore").startswith("ok ")
+    assert mounted.status()["writers"] == "none"
 
 
 def test_generic_options_are_accepted(mount: Mount, checkpoint: Path) -> None:
