@@ -186,8 +186,6 @@ class Guest:
         block = self.blocks[idstr]
         if used_length != block.used_length:
             self._refuse_fixed(idstr)
-            if self.migration.running:
-                raise StateError(f"{idstr}: a {self.migration.kind} is running")
             block.resize(self._page_count(idstr, used_length))
 
     def _page_count(self, idstr: str, used_length: int) -> int:
@@ -200,6 +198,8 @@ class Guest:
     def _refuse_fixed(self, idstr: str) -> None:
         if self.base is not None:
             raise StateError(f"{idstr}: the RAM blocks of a guest that has a checkpoint are fixed", errno.EPERM)
+        if self.migration.running:
+            raise StateError(f"{idstr}: a {self.migration.kind} is running: RAM blocks are fixed until it ends")
 
     def close(self) -> None:
         """Give everything back."""
@@ -427,6 +427,10 @@ class Guest:
         """
         if self.read_only:
             raise StateError("the mount is read-only (ro): there is nothing to save", errno.EPERM)
+        if not self.blocks:
+            raise StateError(
+                "there is no RAM to save: fill the mount (migrate_incoming), or make a block", errno.EINVAL
+            )
         self.capabilities.check_file_transport()
         name = describe_address(request.address)
         migration = Migration("save", name, self.on_status)

@@ -108,6 +108,20 @@ def test_an_empty_mount_can_not_be_filled_from_itself(mount: Mount) -> None:
         assert answer == f"error: {mounted.path}/{name}: lies on this mount\n"
 
 
+def test_a_mount_without_ram_has_nothing_to_save(mount: Mount, tmp_path: Path) -> None:
+    mounted = mount("none")
+    error, answer = write(mounted, f"save {tmp_path}/file".encode())
+    assert error == errno.EINVAL
+    assert answer.startswith("error: there is no RAM to save")
+    assert not (tmp_path / "file").exists()
+    (mounted.ram / "pc.ram").touch()
+    error, answer = write(mounted, f"save {tmp_path}/file".encode())
+    assert error == errno.EINVAL
+    assert "has no pages: give it a size" in answer
+    os.truncate(mounted.ram / "pc.ram", MiB)
+    assert write(mounted, f"save {tmp_path}/file".encode())[0] == 0
+
+
 def test_bytes_one_by_one_are_as_many_commands(standing: Mounted) -> None:
     result = subprocess.run(
         ["dd", f"of={standing.path}/ctl", "bs=1", "conv=notrunc"],

@@ -150,6 +150,10 @@ def test_what_is_refused_while_a_save_runs(mount: Mount, tmp_path: Path) -> None
         with pytest.raises(OSError, match="error: ") as caught:
             mounted.ctl(command)
         assert caught.value.errno == errno.EBUSY, command
+    with pytest.raises(OSError, match="busy"):
+        (mounted.ram / "another").touch()
+    with pytest.raises(OSError, match="busy"):
+        os.truncate(mounted.ram / "pc.ram", 2 * LENGTH)
     for name in ("parameters/direct-io", "capabilities/multifd"):
         with pytest.raises(OSError, match="busy") as caught:
             (mounted.path / name).write_text("off\n")
@@ -160,3 +164,4 @@ def test_what_is_refused_while_a_save_runs(mount: Mount, tmp_path: Path) -> None
     assert mounted.status()["migration"]["status"] == "cancelled"
     assert (mounted.path / "parameters/multifd-channels").read_text() == "7\n"
     assert (mounted.path / "parameters/direct-io").read_text() == "on\n"
+    assert os.listdir(mounted.ram) == ["pc.ram"]
