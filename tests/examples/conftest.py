@@ -25,7 +25,16 @@ exec {qemu} -accel tcg -kernel {guest.kernel} -initrd {guest.initrd} -append "co
 _PATIENCE = """\
 kill() { # a reader goes on when what he has ended is gone
     command kill "$@"
-    while command kill -0 "$@" 2>/dev/null; do sleep 0.01; done
+    python -c '
+import os, select, sys
+
+for pid in map(int, sys.argv[1:]):
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        continue
+    select.select([pidfd], [], [])  # all its threads have ended, whoever reaps it
+' "$@"
 }
 """
 
@@ -42,7 +51,12 @@ def run(tmp_path: Path, guest_files: Guest) -> Iterator[Run]:
     qemu = tools / "qemu-system-x86_64"
     qemu.write_text(_QEMU.format(qemu=shutil.which("qemu-system-x86_64"), guest=guest_files))
     qemu.chmod(0o755)
-    environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
+    environment = {
+        **os.environ,
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "TMPDIR": str(tmp_path),
+        "HOME": str(tmp_path),
+    }
 
     def run(what: str | list[str | Path], **variables: str) -> str:
         if isinstance(what, str):
