@@ -74,7 +74,7 @@ class Qemu:
         self._directory = tempfile.TemporaryDirectory(prefix="qemu-")  # short: sockets' paths end at 107 bytes
         self.qmp_path = Path(self._directory.name) / "qmp"
         self._command = [
-            "qemu-system-x86_64", "-accel", "tcg", "-nodefaults", "-no-user-config", "-display", "none",
+            "qemu-system-x86_64", "-accel", "tcg,thread=single", "-nodefaults", "-no-user-config", "-display", "none",
             "-no-reboot", "-machine", machine, "-m", memory,
             "-kernel", str(guest.kernel), "-initrd", str(guest.initrd),
             "-append", f"{KERNEL_COMMAND_LINE} {append}",
