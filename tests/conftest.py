@@ -8,9 +8,14 @@ from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.qemu.guest import Guest, build_guest
 from tests.qemu.stock_checkpoint import StockCheckpoints
+
+# A machine that is busy with something else fails no test: no example has a deadline.
+settings.register_profile("ckptfs", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("ckptfs")
 
 # --- a test that CI skips has failed -----------------------------------------------------------------------
 

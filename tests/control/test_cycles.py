@@ -1,4 +1,4 @@
-"""Hundreds of saves, restores and resets: descriptors, threads and memory of the daemon stay flat."""
+"""Dozens of saves, restores and resets: descriptors, threads and memory of the daemon stay flat."""
 
 import os
 from pathlib import Path
@@ -8,8 +8,8 @@ from tests.mount.conftest import Mount
 
 MiB = 1 << 20
 LENGTH = 8 * MiB
-ROUNDS = 100
-WARM_ROUNDS = 20
+ROUNDS = 40
+WARM_ROUNDS = 10
 
 
 def test_saves_restores_and_resets_leave_nothing(mount: Mount, tmp_path: Path) -> None:

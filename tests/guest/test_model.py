@@ -234,9 +234,7 @@ OPTIONS = st.fixed_dictionaries(
     }
 )
 
-several = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
-)
+several = settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 
 
 async def run_on_golden(

@@ -2,7 +2,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptfs.mapped_ram.bitmap import SEGMENT_WORDS, PagesBitmap, Run, bitmap_length
@@ -45,14 +45,12 @@ def bitmaps(draw, page_count=PAGE_COUNT):
     return bitmap, pages
 
 
-@settings(deadline=None)
 @given(bitmaps())
 def test_set_and_clear(given_bitmap):
     bitmap, pages = given_bitmap
     assert pages_of(bitmap) == pages
 
 
-@settings(deadline=None)
 @given(bitmaps(), ranges())
 def test_questions_about_a_range(given_bitmap, given_range):
     bitmap, pages = given_bitmap
@@ -70,7 +68,6 @@ def test_questions_about_a_range(given_bitmap, given_range):
         assert end == stop or (end in pages) != is_set
 
 
-@settings(deadline=None)
 @given(bitmaps(), st.integers(0, PAGE_COUNT), st.data())
 def test_set_mask(given_bitmap, start, data):
     bitmap, pages = given_bitmap
@@ -79,14 +76,12 @@ def test_set_mask(given_bitmap, start, data):
     assert pages_of(bitmap) == pages | {start + i for i, is_set in enumerate(mask) if is_set}
 
 
-@settings(deadline=None)
 @given(bitmaps(), bitmaps())
 def test_union_and_difference(a, b):
     assert pages_of(a[0].union(b[0])) == a[1] | b[1]
     assert pages_of(a[0].difference(b[0])) == a[1] - b[1]
 
 
-@settings(deadline=None)
 @given(bitmaps(), st.integers(0, 2 * PAGE_COUNT))
 def test_resized(given_bitmap, page_count):
     bitmap, pages = given_bitmap
@@ -96,7 +91,6 @@ def test_resized(given_bitmap, page_count):
     assert PagesBitmap.from_bytes(resized.to_bytes(), page_count) == resized
 
 
-@settings(deadline=None)
 @given(bitmaps(), st.sampled_from(["little", "big"]))
 def test_bytes_round_trip(given_bitmap, byteorder):
     bitmap, _ = given_bitmap

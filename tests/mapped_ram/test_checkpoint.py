@@ -6,7 +6,7 @@ import struct
 from dataclasses import dataclass, replace
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckptfs.errors import CheckpointError
@@ -529,7 +529,7 @@ METADATA = [
 ]
 
 
-@settings(deadline=None, max_examples=300, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300)
 @given(
     st.lists(st.tuples(st.sampled_from(METADATA), st.integers(0, 255)), min_size=1, max_size=6),
     st.sampled_from([None, *METADATA]),
@@ -551,7 +551,6 @@ def test_every_single_byte_of_metadata_may_be_wrong():
             read_checkpoint(BytesSource(bytes(data)))
 
 
-@settings(deadline=None)
 @given(st.binary(max_size=2000))
 def test_random_bytes_after_a_good_header(data):
     _, marks = SMALL.build()

@@ -5,7 +5,7 @@ from dataclasses import replace
 from uuid import UUID
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptfs.errors import CheckpointError
@@ -44,7 +44,6 @@ files = st.builds(
 )  # fmt: skip
 
 
-@settings(deadline=None)
 @given(files)
 def test_a_layout_of_what_was_read_has_the_same_bytes(description):
     data, _ = description.build()
@@ -56,7 +55,6 @@ def test_a_layout_of_what_was_read_has_the_same_bytes(description):
     assert result.blocks == checkpoint.blocks
 
 
-@settings(deadline=None)
 @given(
     blocks, st.sampled_from([0, 1, 4096, 0x1001]), st.sampled_from([4096, 16384]), st.sampled_from([16384, 1 << 20])
 )

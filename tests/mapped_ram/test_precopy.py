@@ -108,7 +108,6 @@ records = st.lists(
 )
 
 
-@settings(deadline=None)
 @given(records)
 def test_the_newest_record_of_a_page_counts(stretches):
     parts, part = [], b""
@@ -251,7 +250,7 @@ METADATA = [i for i in range(MARKS["pc.ram.page.0"] + 4096, len(FUZZED)) if not 
 METADATA += range(MARKS["pc.ram.page.0"])
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(
     st.lists(st.tuples(st.sampled_from(METADATA), st.integers(0, 255)), min_size=1, max_size=6),
     st.sampled_from([None, *METADATA]),
@@ -278,7 +277,6 @@ def vmstate_of(description, left_out, pages):
     return checkpoint, device_state, vmstate_stream(checkpoint, left_out, pages, setup, device_state)
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.integers(0, 69), st.integers(1, 30)), max_size=5), st.sampled_from([set(), {"vga.vram"}])
 )

@@ -115,7 +115,7 @@ NUMBER = st.from_regex(
 @given(NUMBER | st.text("0123456789.xXabfkKmMgGtTpPeEB+- "))
 @example("0." + "0" * 400 + "1k")
 @example("99999999999999999999999k")
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 def test_as_stock_qemu_reads_it(stock_monitor: StockMonitor, text: str) -> None:
     name = "max-postcopy-bandwidth"  # a parameter that any size will do for
     printed = stock_monitor.hmp(f'migrate_set_parameter {name} "{text}"')

@@ -226,7 +226,6 @@ def test_ram_is_what_the_model_has() -> None:
         settings=settings(
             max_examples=10,
             stateful_step_count=60,
-            deadline=None,
             phases=[Phase.explicit, Phase.generate],  # each attempt to shrink a failure would be mounts anew
             suppress_health_check=list(HealthCheck),
         ),

@@ -67,7 +67,7 @@ masks = st.one_of(
 )
 
 
-@settings(deadline=2000, max_examples=40)
+@settings(max_examples=40)
 @given(base=st.none() | masks, restored=st.none() | masks, written=st.lists(masks, min_size=1, max_size=2))
 def test_every_page_is_that_of_the_newest_memory(
     base: Mask | None, restored: Mask | None, written: list[Mask]
