@@ -18,7 +18,8 @@ from ckptfs.errors import CkptfsError, CommandError
 from ckptfs.fuse.control import describe
 from ckptfs.fuse.daemon import Starter, harden, run_in_background
 from ckptfs.fuse.mount import Mount
-from ckptfs.guest.guest import Guest, Machine
+from ckptfs.guest.guest import Guest
+from ckptfs.guest.machine import Machine
 from ckptfs.guest.opening import open_checkpoint
 from ckptfs.migration.address import FdAddress, FileMigrationArgs, SeekableAddress, parse_target, seekable_file
 from ckptfs.namespace.options import MountOptions, parse_options

@@ -17,7 +17,8 @@ from ckptfs.channels.descriptors import describe_address
 from ckptfs.channels.identity import Identity
 from ckptfs.errors import CkptfsError, CommandError, StateError
 from ckptfs.fuse.report import describe_mount, query_migrate
-from ckptfs.guest.guest import Machine, SaveRequest
+from ckptfs.guest.machine import Machine
+from ckptfs.guest.saving import SaveRequest, save
 from ckptfs.migration.address import FileMigrationArgs, SeekableAddress
 from ckptfs.migration.capabilities import CAPABILITIES, format_state, parse_state
 from ckptfs.migration.parameters import ParameterValue, find_parameter
@@ -90,9 +91,9 @@ class Control:
     async def _save(self, command: ctl.Save, identity: Identity) -> str:
         request = self._save_request(command, identity)
         if not command.nowait:
-            return f"ok {await self._guest.save(request)}"
+            return f"ok {await save(self._guest, request)}"
         self._refuse_busy()
-        self._go_on(lambda: self._guest.save(request))
+        self._go_on(lambda: save(self._guest, request))
         return f"ok saving to {describe_address(request.address)} in the background: follow it in status"
 
     def _save_request(self, command: ctl.Save, identity: Identity) -> SaveRequest:
@@ -148,7 +149,7 @@ class Control:
     async def _reset(self, command: ctl.Reset, identity: Identity) -> str:
         if self._mount.operations.ram_is_written():
             raise StateError("a program holds a file in ram/ open for writing: end it first")
-        answer = self._guest.reset()
+        answer = await self._guest.reset()
         await self._mount.page_cache.forget(self._guest.blocks)
         return f"ok {answer}"
 
@@ -186,7 +187,7 @@ class Control:
         machine = self._guest.machine
         if machine is None:
             return False
-        async with self._guest.monitor(machine) as monitor:
+        async with machine.monitor() as monitor:
             await monitor.execute(what)
         return True
 

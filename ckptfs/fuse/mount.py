@@ -32,6 +32,7 @@ from ckptfs.fuse.report import describe_block
 from ckptfs.fuse.tuning import tune_backing_device
 from ckptfs.guest.guest import Guest
 from ckptfs.guest.opening import open_checkpoint
+from ckptfs.guest.vmstate import backends_on, vmstate
 from ckptfs.migration.address import SeekableAddress
 from ckptfs.migration.status import MigrationStatus
 from ckptfs.namespace import tree as nodes
@@ -182,12 +183,12 @@ class Mount:
         """The stream that starts a machine on this RAM, for whoever has this RAM as his own."""
         guest = self.guest
         await self.page_cache.flush(list(guest.blocks))  # the kernel may hold pages that a machine has written
-        left_out = guest.left_out(self.options.backends)
+        left_out = backends_on(guest, self.options.backends)
         user, others = await trio.to_thread.run_sync(
             ram_users, opener.pid, self.operations.ram_openers(), self.files(left_out)
         )
         try:
-            stream = await guest.vmstate(left_out, user, others)
+            stream = await vmstate(guest, left_out, user, others)
         except StateError as error:
             log.warning("vmstate was refused to process %d: %s", opener.pid, error)
             guest.vmstate_refusal = str(error)

@@ -6,6 +6,7 @@ from ckptfs import __version__
 from ckptfs.guest.block import GuestBlock, PageState
 from ckptfs.guest.guest import Guest
 from ckptfs.guest.migration import Migration
+from ckptfs.guest.vmstate import backends_on
 from ckptfs.migration.query import MigrationStats, QueryMigrate
 from ckptfs.migration.status import MigrationStatus
 from ckptfs.namespace.status import BadPage, BlockStatus, MountState, Status
@@ -92,7 +93,7 @@ def describe_mount(mount: "Mount", last_command: str | None, last_outcome: str |
         base_machine=None if checkpoint is None else checkpoint.machine,
         base_run_state=None if checkpoint is None else checkpoint.run_state,
         base_devices=() if checkpoint is None else tuple(section.idstr for section in checkpoint.sections),
-        backends=tuple(guest.left_out(mount.options.backends)),
+        backends=tuple(backends_on(guest, mount.options.backends)),
     )
 
 

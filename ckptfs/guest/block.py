@@ -157,12 +157,14 @@ class GuestBlock:
         self.stack = PageStack(self.page_count, (top,), layer if keep_restored else None, base)
         return dropped if keep_restored else [*dropped, layer]
 
-    def reset(self, layer: Layer) -> None:
-        """Drop every page written since the base; ``layer`` is empty, and for what is written from now on."""
+    def reset(self, layer: Layer) -> tuple[Layer, ...]:
+        """Drop every page written since the base; ``layer`` is empty, and for what is written from now on.
+
+        Return the layers that are not needed any more, for the caller to close.
+        """
         dropped = self.stack.written
         self.stack = replace(self.stack, written=(layer,))
-        for layer in dropped:
-            layer.close()
+        return dropped
 
     def store(self, block_offset: int, data: bytes | memoryview) -> None:
         """Write into the newest layer; pages written in part must be in it (`Layer.store`)."""

@@ -8,41 +8,27 @@ no other code path: saving a half-restored guest is the same as saving a fresh o
 import contextlib
 import errno
 import logging
-from collections.abc import AsyncIterator, Callable, Collection, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 from uuid import UUID
 
 import trio
 
 from ckptfs.channels.backing_file import DirectIO
-from ckptfs.channels.descriptors import Descriptors, describe_address
-from ckptfs.channels.identity import Identity
-from ckptfs.channels.target import Target, open_target
-from ckptfs.errors import CommandError, QemuError, StateError, StorageError
+from ckptfs.channels.descriptors import Descriptors
+from ckptfs.errors import CommandError, StateError, StorageError
 from ckptfs.guest.base import BadPagesError, Base, BaseOptions
 from ckptfs.guest.block import Content, GuestBlock
 from ckptfs.guest.incoming import restore_blocks
-from ckptfs.guest.layer import Layer
-from ckptfs.guest.live import compose
+from ckptfs.guest.layer import Layer, close_layers
+from ckptfs.guest.machine import Machine
 from ckptfs.guest.migration import Migration
-from ckptfs.guest.outgoing import Epoch, SaveOptions, Written, write_checkpoint
-from ckptfs.guest.plain import write_stream
-from ckptfs.mapped_ram.layout import Image, empty_image
-from ckptfs.mapped_ram.precopy import vmstate_stream
-from ckptfs.mapped_ram.stream import IGNORE_SHARED, MAPPED_RAM, uuid_of
-from ckptfs.migration.address import FileMigrationArgs, SeekableAddress
+from ckptfs.guest.outgoing import Epoch
 from ckptfs.migration.capabilities import MigrationCapabilities
-from ckptfs.migration.outgoing import page_windows
 from ckptfs.migration.parameters import MigrationParameters
-from ckptfs.migration.ratelimit import RateLimit
 from ckptfs.migration.status import MigrationStatus
-from ckptfs.qemu.backends import RAMFile, check_backends, is_backend
-from ckptfs.qemu.live import capture
-from ckptfs.qemu.monitor import Monitor, connected
-from ckptfs.qemu.users import RAMUser
+from ckptfs.qemu.backends import RAMFile
 
 log = logging.getLogger(__name__)
 
@@ -74,33 +60,6 @@ class PageCache(Protocol):
         ...
 
 
-@dataclass
-class Machine:
-    """The QEMU that runs on this RAM: where its monitor is, as whom to connect to it, and how it was last seen.
-
-    ``state`` is "waiting" until it was once reached, then "connected" or "lost".
-    """
-
-    qmp_path: str
-    identity: Identity
-    state: str = "waiting"
-    run_state: str | None = None
-
-
-@dataclass(frozen=True)
-class SaveRequest:
-    """Where to save (a path is absolute), as whom, and whether RAM alone is meant though there is device state."""
-
-    address: SeekableAddress
-    identity: Identity
-    ram_only: bool = False
-
-    @property
-    def stream_offset(self) -> int:
-        """Where in the file the stream begins."""
-        return self.address.offset if isinstance(self.address, FileMigrationArgs) else 0
-
-
 class Guest:
     """A guest's RAM and everything that can be done with it."""
 
@@ -120,7 +79,6 @@ class Guest:
         """What capability validate-uuid compares a checkpoint's with, and writes where the source has none."""
         self.shared: dict[str, str] = {}
         """Files of RAM that checkpoints may leave out, by idstr."""
-        self._rate_limit = RateLimit()
         self.migration = Migration("migration", "")
         self.on_status: Callable[[MigrationStatus], None] = lambda status: None
         self.machine: Machine | None = None
@@ -168,7 +126,7 @@ class Guest:
             undo.pop_all()
         self.page_size = page_size
         self.base = base
-        self._note_direct_io(base.path, base.direct_io)
+        self.note_direct_io(base.path, base.direct_io)
         self.blocks.update(blocks)
 
     def refuse_filled(self) -> None:
@@ -343,50 +301,10 @@ class Guest:
                 block.drop_layer(upper)
                 upper.close()
 
-    async def _rebase(self, epoch: Epoch, fresh: dict[str, GuestBlock], base: Base) -> None:
-        """Put the checkpoint that ``epoch`` was saved to below what was written since.
-
-        ``fresh`` are empty blocks for those that the machine handed over. The checkpoint has its final name
-        already, so a lack of memory is no error here: RAM is then read from it.
-        """
-        former = None if self.restored else self.base  # that of a restored guest is closed
-        if self.restored:
-            try:
-                await self._keep_in_memory(epoch)
-            except OSError as error:
-                log.warning("%s: RAM is no longer all in memory: %s", base.path, error.strerror)
-                self.restored = False
-        dropped: list[Layer] = []
-        for idstr, frozen in epoch.stacks.items():
-            if idstr not in epoch.carried:
-                dropped += self.blocks[idstr].rebase(frozen, base.blocks[idstr], keep_restored=self.restored)
-            else:
-                # its file, if it has one, shows from now on what the machine had
-                block = self.blocks.setdefault(idstr, fresh[idstr])
-                dropped += block.replace(frozen, fresh[idstr], base.blocks[idstr], keep_restored=self.restored)
-        self.base = base
-        await trio.to_thread.run_sync(_close_layers, dropped)
-        if self.restored:
-            await base.aclose()
-        elif former is not None:
-            await former.aclose()
-        if epoch.carried and self.page_cache is not None:
-            await self.page_cache.forget(epoch.carried)
-
-    async def _keep_in_memory(self, epoch: Epoch) -> None:
-        """A guest that was restored as a whole stays independent of any file: its pages stay in memory."""
-        for idstr, stack in epoch.stacks.items():
-            if idstr in epoch.carried:
-                continue
-            assert stack.restored is not None
-            for layer in reversed(stack.written):
-                while stack.restored.absorb_some(layer):
-                    await trio.lowlevel.checkpoint()
-
     # ---- migrations: one at a time -----------------------------------------------------------------
 
     @asynccontextmanager
-    async def _migrating(self, migration: Migration) -> AsyncIterator[None]:
+    async def migrating(self, migration: Migration) -> AsyncIterator[None]:
         """Run a migration: its states, its cancellation, and one error out of many tasks."""
         if self.migration.running:
             raise StateError(f"a {self.migration.kind} is running: wait for it, or cancel it")
@@ -419,188 +337,8 @@ class Guest:
         await migration.over.wait()
         return f"{migration.kind} {migration.status}"
 
-    async def save(self, request: SaveRequest) -> str:
-        """Write a checkpoint and make it the base; return one line that says what was done.
-
-        The file is durable and under its final name when this returns; after any error the former one is as
-        it was, and RAM too. Raises CommandError, StateError, StorageError or OSError.
-        """
-        if self.read_only:
-            raise StateError("the mount is read-only (ro): there is nothing to save", errno.EPERM)
-        if not self.blocks:
-            raise StateError(
-                "there is no RAM to save: fill the mount (migrate_incoming), or make a block", errno.EINVAL
-            )
-        self.capabilities.check_file_transport()
-        name = describe_address(request.address)
-        migration = Migration("save", name, self.on_status)
-        async with self._migrating(migration):
-            target = await trio.to_thread.run_sync(
-                open_target, request.address, request.identity, self.descriptors, self.mount_device
-            )
-            try:
-                await self._save_to(target, request, migration)
-            except BaseException:
-                with trio.CancelScope(shield=True):
-                    await trio.to_thread.run_sync(target.discard)
-                raise
-        answer = f"saved {name}: {migration.summary()}"
-        if self.capabilities.mapped_ram and self.capabilities.x_ignore_shared:
-            answer += "; QEMU 10.2 and older can't load mapped-ram with x-ignore-shared"
-            log.warning("%s", answer)
-        return answer
-
-    async def _save_to(self, target: Target, request: SaveRequest, migration: Migration) -> None:
-        if self.base is not None and not self.restored and self.base.lies_in(target.file):
-            raise StateError(
-                f"{target.path}: is what RAM is restored from, and would be written in place: "
-                "save elsewhere, or `restore` first"
-            )
-        await trio.to_thread.run_sync(target.keep_prefix)
-        carried: list[Layer] = []
-        try:
-            epoch, image = await self._begin_epoch(request)
-            carried += (epoch.stacks[idstr].written[0] for idstr in epoch.carried)
-            fresh = {}
-            for idstr in epoch.carried:  # now, while a lack of memory can still fail the save
-                fresh[idstr] = GuestBlock(idstr, epoch.stacks[idstr].page_count, image.page_size)
-                carried += fresh[idstr].stack.written
-            image = self._configured(image, epoch)
-            migration.advance(MigrationStatus.ACTIVE)
-            write = write_checkpoint if self.capabilities.mapped_ram else write_stream
-            written = await write(
-                target.file, request.stream_offset, image, epoch, self._save_options(), migration.progress
-            )
-            self._note_direct_io(target.path, written.direct_io)
-            migration.advance(MigrationStatus.DEVICE)
-            with trio.CancelScope(shield=True):  # either it is published, or it is not
-                base = await trio.to_thread.run_sync(self._publish, target, written, request.stream_offset)
-                if base is not None:
-                    await self._rebase(epoch, fresh, base)
-                    return
-        except BaseException:
-            await self._give_up_epoch(carried)
-            raise
-        await self._give_up_epoch(carried)  # it is saved, but where we can't read it
-
-    def _configured(self, image: Image, epoch: Epoch) -> Image:
-        """The image as the capabilities want it."""
-        capabilities = tuple(name for name in (IGNORE_SHARED, MAPPED_RAM) if self.capabilities.get(name))
-        uuid = uuid_of(image.subsections) or self.uuid if self.capabilities.validate_uuid else None
-        return image.configured(capabilities, uuid, self._ignored(epoch))
-
-    def _ignored(self, epoch: Epoch) -> set[str]:
-        """The blocks whose content stays in the shared file that it came from: capability x-ignore-shared.
-
-        That file is never written here, so whatever was written over it would be lost: StateError (EPERM).
-        """
-        if self.base is None or not self.capabilities.x_ignore_shared:
-            return set()
-        for idstr in self.base.shared:
-            if any(layer.present.any(0, layer.present.page_count) for layer in epoch.stacks[idstr].written):
-                raise StateError(
-                    f"{idstr}: pages were written, and with x-ignore-shared the save would leave them out: "
-                    "switch x-ignore-shared off, or `reset`",
-                    errno.EPERM,
-                )
-        return set(self.base.shared)
-
-    async def _give_up_epoch(self, carried: list[Layer]) -> None:
-        with trio.CancelScope(shield=True):
-            await self.thaw()
-        for layer in carried:
-            layer.close()
-
-    def _publish(self, target: Target, written: Written, stream_offset: int) -> Base | None:
-        """Publish what was written, once it has been read back: it becomes the base, so it had better be whole.
-
-        None if it can't be read (a descriptor for writing alone was handed in): the base stays what it was.
-        """
-        target.seal(*written.header)
-        file = target.reader()
-        if file is None:
-            target.publish()
-            return None
-        try:
-            base = Base(target.path, file, stream_offset, self.base_options())
-        except BaseException:
-            file.close()
-            raise
-        try:
-            target.publish()
-        except BaseException:
-            base.close()
-            raise
-        return base
-
-    async def _begin_epoch(self, request: SaveRequest) -> tuple[Epoch, Image]:
-        """Return RAM at one moment, and what goes into the file beside it."""
-        if self.machine is not None and not request.ram_only:
-            captured = await self._capture(self.machine)
-            if captured is not None:
-                return captured
-        async with self._settled():
-            self._refuse_mixed_moments(request)
-            return self.freeze(self.blocks), self._image(request.ram_only)
-
-    async def _capture(self, machine: Machine) -> tuple[Epoch, Image] | None:
-        """Take RAM and device state of the machine behind the mount at one moment.
-
-        None if it has been saved while it was paused: QEMU does not do that twice (run state postmigrate), but
-        then nothing has changed since, and RAM and device state are those of the base.
-        """
-        assert self.page_cache is not None
-        page_cache = self.page_cache
-        async with self.monitor(machine) as monitor:
-            if machine.run_state == "postmigrate":
-                return None
-            found = await check_backends(monitor, page_cache.files(self.blocks))
-            if not found:
-                raise QemuError(
-                    "QEMU has none of its RAM on this mount: see `ckptfs qemu-args` for how to start it",
-                    errno.EINVAL,
-                )
-            flush = partial(page_cache.flush, list(found))
-            captured = await capture(monitor, flush, partial(self.freeze, found))
-        epoch, image = await trio.to_thread.run_sync(compose, captured, list(self.blocks))
-        self.migration.downtime = captured.downtime
-        self.machine_ran = True
-        return epoch, image
-
     @asynccontextmanager
-    async def monitor(self, machine: Machine) -> AsyncIterator[Monitor]:
-        """Connect to the machine's QMP socket for as long as this lasts."""
-        machine.state = "lost" if machine.state == "connected" else machine.state
-        async with connected(machine.qmp_path, machine.identity) as monitor:
-            machine.state = "connected"
-            try:
-                machine.run_state = (await monitor.execute("query-status"))["status"]
-                yield monitor
-                machine.run_state = (await monitor.execute("query-status"))["status"]
-            except QemuError as error:
-                machine.state = "lost" if error.errno in (errno.EPIPE, errno.ETIMEDOUT) else machine.state
-                raise
-
-    def _refuse_mixed_moments(self, request: SaveRequest) -> None:
-        """RAM of one moment and device state of another would be a checkpoint that corrupts its guest."""
-        if request.ram_only:
-            return
-        unchanged = self.machine_ran and self.has_device_state and not self.has_written
-        if self.machine is not None and not unchanged:
-            raise StateError(
-                "QEMU has saved this guest while it was stopped, and does not save it once more before it has run: "
-                "`cont`, then save",
-                errno.EBUSY,
-            )
-        if self.machine_ran and self.has_device_state and self.has_written:
-            raise StateError(
-                "a machine has run on this RAM, so the device state of the checkpoint is older than RAM: "
-                "bind its QMP socket (qmp SOCKET) to save both, or say `save ram-only`, or `reset`",
-                errno.EPERM,
-            )
-
-    @asynccontextmanager
-    async def _settled(self) -> AsyncIterator[None]:
+    async def settled(self) -> AsyncIterator[None]:
         """Bring RAM to rest; where writers are stopped it is at rest already, and a flush would wait for them."""
         if self.page_cache is None or not self.writers_run:
             yield
@@ -613,100 +351,27 @@ class Guest:
         """Whether the base holds more than RAM."""
         return self.base is not None and self.base.checkpoint.has_device_state
 
-    def _image(self, ram_only: bool) -> Image:
-        """What goes into a checkpoint beside RAM: the base's device state, or none."""
-        if self.base is not None and not ram_only:
-            return self.base.image()
-        return empty_image([(block.idstr, block.used_length) for block in self.blocks.values()], self.page_size)
-
     def base_options(self) -> BaseOptions:
         """How a checkpoint is read here."""
         uuid = self.uuid if self.capabilities.validate_uuid else None
-        return BaseOptions(self._direct_io(), self.parameters.multifd_channels, self.shared, uuid=uuid)
+        return BaseOptions(self.requested_direct_io(), self.parameters.multifd_channels, self.shared, uuid=uuid)
 
-    def _direct_io(self) -> DirectIO:
+    def requested_direct_io(self) -> DirectIO:
         """As QEMU: without multifd it has no effect, so that it can't be required either."""
         return DirectIO(self.parameters.direct_io, self.parameters.direct_io_required and self.capabilities.multifd)
 
-    def _note_direct_io(self, path: str, direct_io: bool | None) -> None:
+    def note_direct_io(self, path: str, direct_io: bool | None) -> None:
         """Keep how pages went when last it mattered, and log once that direct I/O can't be had."""
         if direct_io is False and self.direct_io is not False:
             log.info("%s: no O_DIRECT there: pages go through the page cache of its file system", path)
         self.direct_io = self.direct_io if direct_io is None else direct_io
-
-    def _save_options(self) -> SaveOptions:
-        """As QEMU: without multifd there is one channel, and direct-io has no effect."""
-        parameters, multifd = self.parameters, self.capabilities.multifd
-        return SaveOptions(
-            channel_count=parameters.multifd_channels if multifd else 1,
-            direct_io=self._direct_io() if multifd else DirectIO(False),
-            zero_page_detection=parameters.zero_page_detection,
-            wait_for_bandwidth=self._wait_for_bandwidth,
-            charge=self._rate_limit.charge,
-        )
-
-    async def _wait_for_bandwidth(self, length: int) -> None:
-        """max-bandwidth may change while a save runs, and counts at once."""
-        self._rate_limit.bytes_per_second = self.parameters.max_bandwidth
-        while delay := self._rate_limit.delay(trio.current_time()):
-            await trio.sleep(delay)
-            self._rate_limit.bytes_per_second = self.parameters.max_bandwidth
-        self._rate_limit.charge(length)
-
-    def left_out(self, backends: Collection[str]) -> list[str]:
-        """The blocks that a machine has as memory backends on this mount, so that its stream leaves them out.
-
-        ``backends`` if any are named; by default those that look like main memory (`is_backend`).
-        """
-        return [idstr for idstr in self.blocks if (idstr in backends if backends else is_backend(idstr))]
-
-    async def vmstate(self, left_out: list[str], user: RAMUser, others: list[RAMUser]) -> bytes:
-        """The stream from which stock QEMU starts on this RAM (`-incoming file:DIR/vmstate`).
-
-        ``user`` is the process that asks for it, ``others`` are those that have some of RAM open. Raises
-        StateError (EPERM), saying what to do, where RAM and device state would not belong together: QEMU itself
-        would start such a guest without a word, and corrupt it.
-        """
-        if self.base is None:
-            raise StateError("there is no checkpoint behind this mount", errno.ENOENT)
-        if self.has_written:
-            raise StateError(
-                "pages were written since the checkpoint, so its device state does not belong to this RAM: "
-                "`reset` drops them, `save` makes a new checkpoint",
-                errno.EPERM,
-            )
-        missing = [idstr for idstr in left_out if idstr not in user.holds]
-        if missing:
-            raise StateError(
-                f"the process does not have {', '.join(missing)} of this mount as its RAM: "
-                "start QEMU with the arguments that `ckptfs qemu-args` prints",
-                errno.EPERM,
-            )
-        _refuse_shared_use(user, others)
-        inside = [block for idstr, block in self.blocks.items() if idstr not in left_out]
-        pages = [run for block in inside for run in await self._runs(block)]
-        stream = vmstate_stream(self.base.checkpoint, left_out, pages, self.base.setup, self.base.device_state)
-        self.machine_ran = self.machine_ran or bool(user.maps_shared)
-        return stream
-
-    async def _runs(self, block: GuestBlock) -> list[tuple[str, int, bytes]]:
-        """All pages of a block that hold data, in runs: idstr, first page, bytes."""
-        with_data = block.stack.with_data()
-        runs = []
-        for window in page_windows(with_data, self.page_size):
-            length = (window.stop - window.start) * self.page_size
-            data = await self.read(block, window.start * self.page_size, length)
-            for start, stop in with_data.runs(*window):
-                first, last = ((page - window.start) * self.page_size for page in (start, stop))
-                runs.append((block.idstr, start, bytes(data[first:last])))
-        return runs
 
     async def restore(self) -> str:
         """Bring in everything that only the checkpoint has; after that its file is not needed any more."""
         if self.base is None or self.restored:
             return "nothing to restore: all RAM is in memory"
         migration = Migration("restore", self.base.path, self.on_status)
-        async with self._migrating(migration):
+        async with self.migrating(migration):
             migration.advance(MigrationStatus.ACTIVE)
             await restore_blocks(
                 self.base, list(self.blocks.values()), self.parameters.multifd_channels, migration.progress
@@ -716,24 +381,26 @@ class Guest:
             await self.base.aclose()
         return f"restored {self.base.path}: {migration.summary()}"
 
-    def reset(self) -> str:
+    async def reset(self) -> str:
         """Drop every written page: RAM is the checkpoint again.
 
         The caller sees to it that nobody writes meanwhile, and that the kernel forgets what it holds.
         """
         if self.migration.running:
             raise StateError(f"a {self.migration.kind} is running: wait for it, or cancel it")
-        dropped = sum(block.written.count() for block in self.blocks.values())
-        layers = []
+        page_count = sum(block.written.count() for block in self.blocks.values())
+        layers: list[Layer] = []
         with contextlib.ExitStack() as undo:  # all blocks, or none
             for block in self.blocks.values():
                 layers.append(Layer(block.idstr, block.page_count, block.page_size))
                 undo.callback(layers[-1].close)
             undo.pop_all()
+        dropped: list[Layer] = []
         for block, layer in zip(self.blocks.values(), layers, strict=True):
-            block.reset(layer)
+            dropped += block.reset(layer)
         self.machine_ran = False
-        return f"{dropped} written pages dropped"
+        await close_layers(dropped)
+        return f"{page_count} written pages dropped"
 
     @property
     def has_written(self) -> bool:
@@ -751,7 +418,7 @@ class Guest:
         Through a shared mapping a program can go on changing its pages in the kernel's page cache; they reach RAM
         when writers go on.
         """
-        async with self._settled():
+        async with self.settled():
             if self.writers_run:
                 self._writers_may_go = trio.Event()
 
@@ -767,26 +434,6 @@ class Guest:
         if self.direct_io is False:
             return "off: the file system does not support O_DIRECT"
         return "on"
-
-
-def _refuse_shared_use(user: RAMUser, others: list[RAMUser]) -> None:
-    """RAM that one machine writes (share=on) is no other machine's, not even below its private copies."""
-    for other in others:
-        if other.maps_shared:
-            problem = "has this RAM with share=on"
-        elif user.maps_shared and other.maps_private:
-            problem = "has this RAM with share=off, and would see what is written here"
-        else:
-            continue
-        raise StateError(
-            f"process {other.pid} {problem}: end it first, or have share=off for all machines on this mount",
-            errno.EPERM,
-        )
-
-
-def _close_layers(layers: list[Layer]) -> None:
-    for layer in layers:
-        layer.close()
 
 
 def leading_error(error: BaseException) -> BaseException:

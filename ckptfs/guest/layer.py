@@ -3,6 +3,9 @@
 import contextlib
 import mmap
 import os
+from collections.abc import Sequence
+
+import trio
 
 from ckptfs.mapped_ram.bitmap import PagesBitmap, Run
 
@@ -67,12 +70,22 @@ class Layer:
         return upper.present.any(0, upper.present.page_count)
 
     def close(self) -> None:
-        """Give the memory back, in a thread if it is much; views that are still out keep theirs until they die."""
+        """Give the memory back (`close_layers` if it may be much); views that are out keep theirs."""
         self._view.release()
         with contextlib.suppress(BufferError):  # views are out
             self._memory.close()
         del self._memory
         os.close(self._fd)  # last: this frees the pages, and holds neither the GIL nor the lock on our mappings
+
+
+async def close_layers(layers: Sequence[Layer]) -> None:
+    """Give much memory back: a gigabyte takes the kernel a tenth of a second, so that is a worker thread's work."""
+    await trio.to_thread.run_sync(_close, layers)
+
+
+def _close(layers: Sequence[Layer]) -> None:
+    for layer in layers:
+        layer.close()
 
 
 def _first_runs(bitmap: PagesBitmap, budget: int) -> list[Run]:

@@ -41,14 +41,14 @@ def memory(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("channels", [1, 4])
-def test_a_limit_is_held_within_ten_percent(channels: int, mount: Mount, memory: Path) -> None:
+def test_a_save_is_no_faster_than_its_limit(channels: int, mount: Mount, memory: Path) -> None:
+    """That it is no slower either is shown with a clock that nothing disturbs: tests/migration/test_ratelimit.py."""
     mounted = mount(memory / "checkpoint", "ram=pc.ram:64M", f"multifd_channels={channels},max_bandwidth=32M")
     fill(mounted, 64 * MiB)
     started = time.monotonic()
     mounted.ctl("save")
-    assert 1.8 <= time.monotonic() - started <= 2.2
-    ram = mounted.status()["migration"]["ram"]
-    assert ram["mbps"] == pytest.approx(32 * MiB * 8 / 1e6, rel=0.1)
+    assert time.monotonic() - started >= 1.8
+    assert mounted.status()["migration"]["ram"]["mbps"] <= 1.1 * 32 * MiB * 8 / 1e6
 
 
 def test_a_limit_without_multifd(mount: Mount, memory: Path) -> None:
@@ -57,27 +57,25 @@ def test_a_limit_without_multifd(mount: Mount, memory: Path) -> None:
     fill(mounted, 32 * MiB)
     started = time.monotonic()
     mounted.ctl("save")
-    assert 0.9 <= time.monotonic() - started < 30  # it would have been a minute
+    assert time.monotonic() - started >= 0.9
 
 
 def test_zero_pages_cost_no_bandwidth(mount: Mount, tmp_path: Path) -> None:
-    mounted = mount(tmp_path / "checkpoint", "ram=pc.ram:16M,max_bandwidth=4M")
+    mounted = mount(tmp_path / "checkpoint", "ram=pc.ram:16M,max_bandwidth=64k")  # pages would take minutes
     with (mounted.ram / "pc.ram").open("r+b") as file:
         file.write(bytes(16 * MiB))
-    started = time.monotonic()
     mounted.ctl("save")
-    assert time.monotonic() - started < 2
 
 
 def test_a_change_counts_at_once(mount: Mount, memory: Path) -> None:
-    mounted = mount(memory / "checkpoint", "ram=pc.ram:64M,max_bandwidth=1M")
+    mounted = mount(memory / "checkpoint", "ram=pc.ram:64M,max_bandwidth=256k")  # it would be minutes
     data = fill(mounted, 64 * MiB)
     mounted.ctl("save nowait")
     mounted.wait_for(lambda status: status["migration"].get("status") == "active")
     started = time.monotonic()
     mounted.ctl("migrate_set_parameter max-bandwidth 64")  # MiB/s
     mounted.wait_for(lambda status: status["migration"]["status"] == "completed")
-    assert 0.9 <= time.monotonic() - started < 30  # it would have been a minute
+    assert time.monotonic() - started >= 0.9
     assert decode(memory / "checkpoint").blocks["pc.ram"].tobytes() == data
 
 

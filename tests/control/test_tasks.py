@@ -16,7 +16,8 @@ import trio.testing
 
 from ckptfs.channels.identity import Identity
 from ckptfs.errors import CkptfsError
-from ckptfs.guest.guest import Guest, SaveRequest
+from ckptfs.guest.guest import Guest
+from ckptfs.guest.saving import SaveRequest, save
 from ckptfs.migration.address import FileMigrationArgs
 from tests.control.footprint import Footprint, footprint
 from tests.doubles.storage import FailingCall
@@ -51,7 +52,7 @@ async def guest(tmp_path: Path) -> AsyncIterator[Guest]:
     guest = Guest.fresh([("pc.ram", 2 * MiB), ("vga.vram", MiB)])
     guest.parameters = guest.parameters.set("multifd-channels", 2)
     await guest.write(guest.blocks["pc.ram"], 0, os.urandom(MiB))
-    await guest.save(request(tmp_path / "checkpoint"))
+    await save(guest, request(tmp_path / "checkpoint"))
     await guest.write(guest.blocks["pc.ram"], MiB // 2, os.urandom(MiB))
     gc.collect()
     gc.disable()
@@ -79,7 +80,7 @@ async def test_a_save_in_which_a_call_fails(
     before = living()
     for number in count(1):
         with FailingCall((call,), number, errno.EIO).installed() as failing:
-            worked = await tried(lambda: guest.save(request(path)))
+            worked = await tried(lambda: save(guest, request(path)))
         if failing.failed is None:
             break
         assert not worked
@@ -99,9 +100,9 @@ async def test_a_save_in_which_every_channel_fails(
     for _ in range(3):
         with monkeypatch.context() as patch:
             patch.setattr(os, "pwritev", failing)
-            assert not await tried(lambda: guest.save(request(tmp_path / "again")))
+            assert not await tried(lambda: save(guest, request(tmp_path / "again")))
         assert living() == before
-    assert await tried(lambda: guest.save(request(tmp_path / "again")))
+    assert await tried(lambda: save(guest, request(tmp_path / "again")))
 
 
 async def test_a_save_that_is_cancelled_in_each_state(guest: Guest, tmp_path: Path) -> None:
@@ -116,9 +117,9 @@ async def test_a_save_that_is_cancelled_in_each_state(guest: Guest, tmp_path: Pa
                 nursery.start_soon(tried, guest.cancel)
 
         guest.on_status = cancel_at_the_step
-        save = partial(guest.save, request(tmp_path / f"cancelled {number}"))
+        cancelled_save = partial(save, guest, request(tmp_path / f"cancelled {number}"))
         async with trio.open_nursery() as nursery:
-            worked = await tried(save)
+            worked = await tried(cancelled_save)
         if steps < number:
             break
         assert guest.migration.status == ("completed" if worked else "cancelled")
@@ -144,7 +145,7 @@ async def test_a_save_is_over_only_when_nothing_writes_any_more(
 
     monkeypatch.setattr(os, "pwritev", held)
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(tried, lambda: guest.save(request(tmp_path / "again")))
+        nursery.start_soon(tried, lambda: save(guest, request(tmp_path / "again")))
         await trio.to_thread.run_sync(inside.wait)
         nursery.start_soon(tried, guest.cancel)
         await trio.testing.wait_all_tasks_blocked()

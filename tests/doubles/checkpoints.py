@@ -7,7 +7,8 @@ from pathlib import Path
 from ckptfs.channels.backing_file import DirectIO, FileSource, OpenedFile
 from ckptfs.channels.identity import Identity
 from ckptfs.guest.base import Base, BaseOptions
-from ckptfs.guest.guest import Guest, SaveRequest
+from ckptfs.guest.guest import Guest
+from ckptfs.guest.saving import SaveRequest
 from ckptfs.mapped_ram.checkpoint import read_checkpoint
 from ckptfs.migration.address import FileMigrationArgs
 

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import trio
 
-from ckptfs.guest.guest import Guest, SaveRequest
+from ckptfs.guest.guest import Guest
+from ckptfs.guest.saving import SaveRequest, save
 
 
 class HeldSave:
@@ -41,26 +42,26 @@ class HeldSave:
 @asynccontextmanager
 async def held_save(guest: Guest, request: SaveRequest) -> AsyncIterator[HeldSave]:
     """Save ``guest`` in the background; within this the epoch has begun and the save waits."""
-    save = HeldSave()
+    held = HeldSave()
     plain_pwrite = os.pwrite
 
     def pwrite(fd: int, *args: Any) -> int:
         if threading.current_thread() is not threading.main_thread():  # memory is written by the main thread
-            save.hold()
+            held.hold()
         return plain_pwrite(fd, *args)
 
     async def run() -> None:
         try:
-            save.outcome = await guest.save(request)
+            held.outcome = await save(guest, request)
         except Exception as error:  # noqa: BLE001 (the test looks at it)
-            save.error = error
+            held.error = error
 
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(os, "pwrite", pwrite)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(run)
-            await save.wait_reached()
+            await held.wait_reached()
             try:
-                yield save
+                yield held
             finally:
-                save.go_on()
+                held.go_on()

@@ -11,6 +11,7 @@ import pytest
 from ckptfs.errors import StorageError
 from ckptfs.guest.base import BadPagesError
 from ckptfs.guest.guest import Guest
+from ckptfs.guest.saving import save
 from tests.doubles.checkpoints import fill, open_base, ram_in, ram_of, save_request
 from tests.doubles.migration_file import Block, MigrationFile
 from tests.doubles.storage import open_descriptors
@@ -146,25 +147,25 @@ async def test_a_bad_page_that_was_written_harms_nobody(
     expected = fill(64, {**PAGES, 4: b"w" * PAGE, 21: b"w" * PAGE})
     assert (await ram_of(guest))["pc.ram"] == expected
     assert not guest.bad_pages
-    await guest.save(save_request(tmp_path / "checkpoint"))
+    await save(guest, save_request(tmp_path / "checkpoint"))
     assert ram_in(tmp_path / "checkpoint")["pc.ram"] == expected
 
 
 async def test_bad_pages_can_not_be_saved(guest: Guest, bad_sectors: BadSectors, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
-    await guest.save(save_request(path))
+    await save(guest, save_request(path))
     former = path.read_bytes()
     assert guest.base is not None
     bad_sectors.pages_offset = guest.base.checkpoint.blocks[0].pages_offset or 0
     bad_sectors.pages = {25}
     await guest.write(guest.blocks["pc.ram"], 0, b"written")
     with pytest.raises(StorageError, match=r"pc\.ram: page 25 can't be read"):
-        await guest.save(save_request(path))
+        await save(guest, save_request(path))
     assert path.read_bytes() == former
     assert sorted(os.listdir(tmp_path)) == ["checkpoint", "golden"]
     assert await read(guest, 0, 10) == b"written" + GOLDEN[7 : 10 * PAGE]
     bad_sectors.pages = set()
-    await guest.save(save_request(path))
+    await save(guest, save_request(path))
     assert ram_in(path)["pc.ram"] == b"written" + GOLDEN[7:]
 
 

@@ -14,6 +14,7 @@ from trio.testing import wait_all_tasks_blocked
 from ckptfs.errors import StateError, StorageError
 from ckptfs.guest.base import BadPagesError
 from ckptfs.guest.guest import Guest
+from ckptfs.guest.saving import save
 from tests.doubles.checkpoints import fill, open_base, ram_in, ram_of, save_request
 from tests.doubles.held_save import held_save
 from tests.doubles.migration_file import Block, MigrationFile
@@ -189,7 +190,7 @@ async def test_a_read_that_is_overtaken_by_a_write_is_the_written(guest: Guest, 
         reads.open()
     assert outcome["data"] == GOLDEN[10 * PAGE : 11 * PAGE] + b"w" * PAGE + GOLDEN[12 * PAGE : 13 * PAGE]
     # nobody else got the written page as the base's
-    guest.reset()
+    await guest.reset()
     assert await guest.read(block, 10 * PAGE, 3 * PAGE) == GOLDEN[10 * PAGE : 13 * PAGE]
 
 
@@ -226,10 +227,10 @@ async def test_a_save_is_ram_at_one_moment_whatever_is_written_meanwhile(guest: 
             await write_something()
         path = tmp_path / str(number)
         at_the_moment = bytes(ram)
-        async with held_save(guest, save_request(path)) as save:
-            save.go_on()
-            while save.outcome is None:
-                assert save.error is None
+        async with held_save(guest, save_request(path)) as held:
+            held.go_on()
+            while held.outcome is None:
+                assert held.error is None
                 await write_something()
                 await trio.lowlevel.checkpoint()
         assert ram_in(path)["pc.ram"] == at_the_moment
@@ -252,12 +253,12 @@ async def test_a_failed_save_moves_back_what_is_being_written(
 
     for page in range(0, 600, 7):
         await write(page)
-    async with held_save(guest, save_request(tmp_path / "checkpoint")) as save:
+    async with held_save(guest, save_request(tmp_path / "checkpoint")) as held:
         for page in range(0, 600, 3):
             await write(page)
-        save.fails = True
-        save.go_on()
-        while save.error is None:
+        held.fails = True
+        held.go_on()
+        while held.error is None:
             await write(random.randrange(600))
             await trio.lowlevel.checkpoint()
     assert len(block.stack.written) == 1
@@ -274,11 +275,11 @@ async def test_a_page_that_is_filled_while_an_epoch_begins_is_in_both(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(guest.write, block, 5 * PAGE + 10, b"in part")
         await reads.wait_for_reader()
-        async with held_save(guest, save_request(tmp_path / "checkpoint")) as save:
+        async with held_save(guest, save_request(tmp_path / "checkpoint")) as held:
             reads.open()
             while not block.written.test(5):
                 await trio.lowlevel.checkpoint()
-    assert save.error is None
+    assert held.error is None
     expected = bytearray(GOLDEN)
     assert ram_in(tmp_path / "checkpoint")["pc.ram"] == expected
     expected[5 * PAGE + 10 : 5 * PAGE + 17] = b"in part"
@@ -297,7 +298,7 @@ async def test_a_page_that_is_filled_during_a_whole_save_loses_nothing(
         await reads.wait_for_reader()
         for start, stop in RUNS:  # the save reads nothing from the base
             await guest.write(block, start * PAGE, b"w" * (stop - start) * PAGE)
-        await guest.save(save_request(tmp_path / "checkpoint"))
+        await save(guest, save_request(tmp_path / "checkpoint"))
         reads.open()
     expected = bytearray(PAGE_COUNT * PAGE)
     for start, stop in RUNS:
@@ -319,7 +320,7 @@ async def test_a_read_during_a_whole_save_is_not_the_former_base(
         outcome = in_background(nursery, guest, 4 * PAGE, 3 * PAGE)
         await reads.wait_for_reader()
         await guest.write(block, 5 * PAGE, b"v" * PAGE)
-        await guest.save(save_request(tmp_path / "checkpoint"))
+        await save(guest, save_request(tmp_path / "checkpoint"))
         reads.open()
     assert outcome["data"] == b"w" * PAGE + b"v" * PAGE + b"w" * PAGE
 
@@ -337,7 +338,7 @@ async def test_a_reader_in_line_when_a_save_ends_is_served_from_the_new_base(
         await wait_all_tasks_blocked()
         for start, stop in RUNS:
             await guest.write(block, start * PAGE, GOLDEN[start * PAGE : stop * PAGE])
-        await guest.save(save_request(tmp_path / "checkpoint"))
+        await save(guest, save_request(tmp_path / "checkpoint"))
         reads.open()
     assert [outcome["data"] for outcome in [*first, waiting]] == [PAGES[page] for page in (1, 2, 3)]
 
@@ -347,24 +348,24 @@ async def test_a_cancelled_save_leaves_everything_as_it_was(
 ) -> None:
     path = tmp_path / "checkpoint"
     block = guest.blocks["pc.ram"]
-    await guest.save(save_request(path))
+    await save(guest, save_request(path))
     former = path.read_bytes()
     await guest.write(block, 50 * PAGE, b"written")
-    async with held_save(guest, save_request(path)) as save:
+    async with held_save(guest, save_request(path)) as held:
         await guest.write(block, 60 * PAGE, b"meanwhile")
         async with trio.open_nursery() as nursery:
             nursery.start_soon(guest.cancel)
             await wait_all_tasks_blocked()
-            save.go_on()
-    assert isinstance(save.error, StateError)
-    assert "the save was cancelled" in str(save.error)
+            held.go_on()
+    assert isinstance(held.error, StateError)
+    assert "the save was cancelled" in str(held.error)
     assert path.read_bytes() == former
     assert sorted(os.listdir(tmp_path)) == ["checkpoint", "golden"]
     expected = bytearray(GOLDEN)
     expected[50 * PAGE : 50 * PAGE + 7] = b"written"
     expected[60 * PAGE : 60 * PAGE + 9] = b"meanwhile"
     assert (await ram_of(guest))["pc.ram"] == expected
-    await guest.save(save_request(path))
+    await save(guest, save_request(path))
     assert ram_in(path)["pc.ram"] == expected
 
 
@@ -375,11 +376,11 @@ async def test_a_reader_does_not_suffer_when_the_save_before_is_cancelled(
     reads.shut()
     async with trio.open_nursery() as nursery:
 
-        async def save() -> None:
+        async def cancelled_save() -> None:
             with pytest.raises(StateError, match="cancelled"):
-                await guest.save(save_request(tmp_path / "checkpoint"))
+                await save(guest, save_request(tmp_path / "checkpoint"))
 
-        nursery.start_soon(save)
+        nursery.start_soon(cancelled_save)
         await reads.wait_for_reader()
         outcome = in_background(nursery, guest, 5 * PAGE, PAGE)
         await wait_all_tasks_blocked()
@@ -423,13 +424,13 @@ async def test_a_restored_guest_needs_no_file(guest: Guest, golden: Path) -> Non
 
 
 async def test_a_second_migration_is_refused(guest: Guest, tmp_path: Path) -> None:
-    async with held_save(guest, save_request(tmp_path / "checkpoint")) as save:
-        for migration in (guest.save(save_request(tmp_path / "other")), guest.restore()):
+    async with held_save(guest, save_request(tmp_path / "checkpoint")) as held:
+        for migration in (save(guest, save_request(tmp_path / "other")), guest.restore()):
             with pytest.raises(StateError, match="a save is running: wait for it, or cancel it"):
                 await migration
         with pytest.raises(StateError, match="a save is running"):
-            guest.reset()
-    assert save.error is None
+            await guest.reset()
+    assert held.error is None
     assert sorted(os.listdir(tmp_path)) == ["checkpoint", "golden"]
 
 
@@ -440,7 +441,7 @@ async def test_writers_that_are_held_wait_and_readers_do_not(guest: Guest, tmp_p
         nursery.start_soon(guest.write, block, 0, b"later")
         await wait_all_tasks_blocked()
         assert await guest.read(block, 0, PAGE) == GOLDEN[:PAGE]
-        await guest.save(save_request(tmp_path / "checkpoint"))
+        await save(guest, save_request(tmp_path / "checkpoint"))
         guest.let_writers_go()
     assert ram_in(tmp_path / "checkpoint")["pc.ram"] == GOLDEN
     assert await guest.read(block, 0, 5) == b"later"

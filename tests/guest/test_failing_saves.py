@@ -13,10 +13,12 @@ import pytest
 import trio
 
 from ckptfs.errors import StorageError
+from ckptfs.guest import saving
 from ckptfs.guest.block import PageStack
-from ckptfs.guest.guest import Guest, SaveRequest
+from ckptfs.guest.guest import Guest
 from ckptfs.guest.layer import Layer
 from ckptfs.guest.outgoing import Epoch
+from ckptfs.guest.saving import SaveRequest, save
 from ckptfs.mapped_ram.layout import Image, empty_image
 from tests.doubles.checkpoints import open_base, ram_in, ram_of, save_request
 from tests.doubles.held_save import held_save
@@ -68,7 +70,7 @@ class World:
         self.ram = (await ram_of(self.guest))["pc.ram"]
 
     async def save(self) -> None:
-        await self.guest.save(save_request(self.path))
+        await save(self.guest, save_request(self.path))
         assert ram_in(self.path)["pc.ram"] == self.ram
 
     def layers(self) -> int:
@@ -156,7 +158,7 @@ async def test_each_call_of_a_save_fails(
         noticed = None
         with FailingCall(calls, number, error).installed() as failing:
             try:
-                await world.guest.save(save_request(world.path))
+                await save(world.guest, save_request(world.path))
             except StorageError as problem:
                 noticed = problem.errno
         if noticed is None:
@@ -178,13 +180,15 @@ async def test_each_call_of_a_save_fails(
 
 
 @pytest.mark.parametrize("make", [fresh, incoming, restored])
-async def test_each_layer_of_a_live_save_fails(directory: Path, make_world: MakeWorld, make: Maker) -> None:
+async def test_each_layer_of_a_live_save_fails(
+    directory: Path, make_world: MakeWorld, make: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The machine hands over a block that the mount has, and one that it has not."""
     world = await make_world(make)
     guest = world.guest
     handed_over = {"pc.ram": bytes([1]) * PAGE_COUNT * PAGE, "vga.vram": bytes([2]) * 16 * PAGE}
 
-    async def begin_epoch(request: SaveRequest) -> tuple[Epoch, Image]:
+    async def begin_epoch(guest: Guest, request: SaveRequest) -> tuple[Epoch, Image]:
         del request
         epoch = guest.freeze(idstr for idstr in guest.blocks if idstr not in handed_over)
         stacks = {}
@@ -195,13 +199,13 @@ async def test_each_layer_of_a_live_save_fails(directory: Path, make_world: Make
         blocks = [(idstr, len(content)) for idstr, content in (await ram_of(guest) | handed_over).items()]
         return Epoch(epoch.stacks | stacks, guest.base, frozenset(stacks)), empty_image(blocks)
 
-    guest._begin_epoch = begin_epoch  # type: ignore[method-assign]  # as QEMU would give it
+    monkeypatch.setattr(saving, "_begin_epoch", begin_epoch)  # as QEMU would give it
     world.ram = (await ram_of(guest))["pc.ram"]
     for number in count(3):  # the first two are the machine's
         before = await ram_of(guest)
         with FailingCall(("memfd_create",), number, errno.EMFILE).installed() as failing:
             try:
-                await guest.save(save_request(world.path))
+                await save(guest, save_request(world.path))
             except StorageError as error:
                 noticed = error.errno
             else:
@@ -224,7 +228,7 @@ async def test_a_name_that_may_be_lost_is_an_error(directory: Path, make_world: 
     before = len(open_descriptors())
     await world.write()
     with FailingCall(("fsync",), 1, errno.EIO).installed(), pytest.raises(StorageError, match="injected"):
-        await world.guest.save(save_request(world.path))
+        await save(world.guest, save_request(world.path))
     assert ram_in(world.path)["pc.ram"] == world.ram
     assert os.listdir(directory) == ["checkpoint"]
     await wait_until_so_many_are_open(before)
@@ -241,7 +245,7 @@ async def test_short_reads_and_writes_make_the_same_file(
     await world.save()
     faultless = world.path.read_bytes()
     short = ShortTransfers(monkeypatch, granularity)
-    await world.guest.save(save_request(world.path))
+    await save(world.guest, save_request(world.path))
     assert len(short.counts) > 40
     monkeypatch.undo()
     assert world.path.read_bytes() == faultless
@@ -252,11 +256,11 @@ async def test_a_failed_save_of_what_is_written_meanwhile(directory: Path, make_
     await world.save()
     for _ in range(3):
         former = world.path.read_bytes()
-        async with held_save(world.guest, save_request(world.path)) as save:
+        async with held_save(world.guest, save_request(world.path)) as held:
             await world.write()
-            save.fails = True
-        assert isinstance(save.error, StorageError)
-        assert save.error.errno == errno.ENOSPC
+            held.fails = True
+        assert isinstance(held.error, StorageError)
+        assert held.error.errno == errno.ENOSPC
         assert world.path.read_bytes() == former
         assert os.listdir(directory) == ["checkpoint"]
         assert (await ram_of(world.guest))["pc.ram"] == world.ram
@@ -269,7 +273,7 @@ async def test_a_place_that_is_refused_costs_nothing(directory: Path, make_world
     before = len(open_descriptors())
     for path in (directory / "missing" / "checkpoint", directory):
         with pytest.raises(Exception, match=str(path)):
-            await world.guest.save(save_request(path))
+            await save(world.guest, save_request(path))
         await wait_until_so_many_are_open(before)
         assert world.layers() == 1
     await world.save()

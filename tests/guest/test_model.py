@@ -148,7 +148,7 @@ class Run:
             case Restore():
                 await self.guest.restore()
             case Reset():
-                self.guest.reset()
+                await self.guest.reset()
                 self.model.reset()
 
     async def access(self, operation: Read | Write) -> None:

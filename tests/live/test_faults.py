@@ -2,7 +2,6 @@
 
 import errno
 import os
-import select
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -189,11 +188,7 @@ def guest_files(checkpoints: LiveCheckpoints) -> Guest:
 
 def wait_status(mounted: Mounted, status: str) -> None:
     """Wait until the migration has come so far."""
-    while mounted.status()["migration"]["status"] != status:
-        with (mounted.path / "status").open() as file:
-            poll = select.poll()
-            poll.register(file, select.POLLIN | select.POLLPRI)
-            poll.poll(100)
+    mounted.wait_for(lambda found: found["migration"]["status"] == status)
 
 
 async def test_qemu_is_gone(checkpoints: LiveCheckpoints, mount: Mount, tmp_path: Path) -> None:

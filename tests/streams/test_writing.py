@@ -14,6 +14,7 @@ import trio
 
 from ckptfs.errors import StateError, StorageError
 from ckptfs.guest.guest import Guest
+from ckptfs.guest.saving import save
 from ckptfs.migration.parameters import ZeroPageDetection
 from tests.doubles.checkpoints import open_base, ram_of, save_request
 from tests.doubles.migration_file import Block, MigrationFile
@@ -72,7 +73,7 @@ async def test_any_mixture_of_memory(
     for _ in range(3):
         await write_some(guest, random)
         before = await ram_of(guest)
-        await guest.save(save_request(path))
+        await save(guest, save_request(path))
         assert await ram_of(guest) == before
         await assert_saved(guest, path)
     assert guest.migration.progress.remaining_pages == 0
@@ -85,14 +86,14 @@ async def test_each_call_fails_in_turn(
     if names == ("pread",):
         request.getfixturevalue("expect_log")(r"page\(s\) .* can't be read from the checkpoint")
     path, random = tmp_path / "plain", Random(8)
-    await guest.save(save_request(path))
+    await save(guest, save_request(path))
     for number in count(1, step):
         await write_some(guest, random)
         former, ram = path.read_bytes(), await ram_of(guest)
         failing = FailingCall(names, number, errno.ENOSPC)
         saved = False
         with failing.installed(), contextlib.suppress(StorageError):
-            await guest.save(save_request(path))
+            await save(guest, save_request(path))
             saved = True
         if saved:  # a bad page does not matter where a newer one lies on top of it
             await assert_saved(guest, path)
@@ -100,7 +101,7 @@ async def test_each_call_fails_in_turn(
             assert path.read_bytes() == former
         assert sorted(os.listdir(tmp_path)) == ["golden", "plain"]
         assert await ram_of(guest) == ram
-        await guest.save(save_request(path))
+        await save(guest, save_request(path))
         await assert_saved(guest, path)
         if failing.failed is None:
             break
@@ -111,10 +112,10 @@ async def test_short_transfers_make_the_same_file(
     guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await write_some(guest, Random(9))
-    await guest.save(save_request(tmp_path / "plain"))  # which pages are zero is known from here on
-    await guest.save(save_request(tmp_path / "faultless"))
+    await save(guest, save_request(tmp_path / "plain"))  # which pages are zero is known from here on
+    await save(guest, save_request(tmp_path / "faultless"))
     short = ShortTransfers(monkeypatch)
-    await guest.save(save_request(tmp_path / "plain"))
+    await save(guest, save_request(tmp_path / "plain"))
     assert len(short.counts) > 20
     monkeypatch.undo()
     assert (tmp_path / "plain").read_bytes() == (tmp_path / "faultless").read_bytes()
@@ -124,7 +125,7 @@ async def test_the_bytes_before_the_stream_are_kept(guest: Guest, tmp_path: Path
     path = tmp_path / "plain"
     for _ in range(2):
         await write_some(guest, Random(10))
-        await guest.save(save_request(path, 0x1001))
+        await save(guest, save_request(path, 0x1001))
         await assert_saved(guest, path, 0x1001)
 
 
@@ -133,7 +134,7 @@ async def test_max_bandwidth_is_a_limit(guest: Guest, tmp_path: Path) -> None:
     limit = 8_000_000
     await guest.write(guest.blocks["pc.ram"], 0, np.ones(PAGE_COUNT * PAGE, np.uint8).tobytes())
     guest.parameters = guest.parameters.set("max-bandwidth", limit)
-    await guest.save(save_request(tmp_path / "plain"))
+    await save(guest, save_request(tmp_path / "plain"))
     migration = guest.migration
     assert migration.active is not None
     assert migration.ended is not None
@@ -148,19 +149,19 @@ async def test_a_save_that_is_cancelled_leaves_nothing(guest: Guest, tmp_path: P
     guest.parameters = guest.parameters.set("max-bandwidth", 1)
     refused: list[StateError] = []
 
-    async def save() -> None:
+    async def cancelled_save() -> None:
         with pytest.raises(StateError) as error:
-            await guest.save(save_request(path))
+            await save(guest, save_request(path))
         refused.append(error.value)
 
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(save)
+        nursery.start_soon(cancelled_save)
         while not guest.migration.progress.transferred:
             await trio.lowlevel.checkpoint()
         assert await guest.cancel() == "save cancelled"
     assert refused[0].errno == errno.ECANCELED
     assert os.listdir(tmp_path) == ["golden"]
     guest.parameters = guest.parameters.set("max-bandwidth", 0)
-    await guest.save(save_request(path))
+    await save(guest, save_request(path))
     await assert_saved(guest, path)
     assert await ram_of(guest) == before

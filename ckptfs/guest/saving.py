@@ -1,0 +1,295 @@
+"""Saving: one moment of RAM, and of the machine on it, becomes a checkpoint, and that the guest's new base.
+
+The steps are those of `_save_to`, top to bottom: the target is opened, an epoch begins, its pages are written, the
+file is published, and what was written since goes on top of it.
+"""
+
+import errno
+import logging
+from dataclasses import dataclass
+from functools import partial
+
+import trio
+
+from ckptfs.channels.backing_file import DirectIO
+from ckptfs.channels.descriptors import describe_address
+from ckptfs.channels.identity import Identity
+from ckptfs.channels.target import Target, open_target
+from ckptfs.errors import QemuError, StateError
+from ckptfs.guest.base import Base
+from ckptfs.guest.block import GuestBlock
+from ckptfs.guest.guest import Guest
+from ckptfs.guest.layer import Layer, close_layers
+from ckptfs.guest.live import compose
+from ckptfs.guest.machine import Machine
+from ckptfs.guest.migration import Migration
+from ckptfs.guest.outgoing import Epoch, SaveOptions, Written, write_checkpoint
+from ckptfs.guest.plain import write_stream
+from ckptfs.mapped_ram.layout import Image, empty_image
+from ckptfs.mapped_ram.stream import IGNORE_SHARED, MAPPED_RAM, uuid_of
+from ckptfs.migration.address import FileMigrationArgs, SeekableAddress
+from ckptfs.migration.ratelimit import RateLimit
+from ckptfs.migration.status import MigrationStatus
+from ckptfs.qemu.backends import check_backends
+from ckptfs.qemu.live import capture
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SaveRequest:
+    """Where to save (a path is absolute), as whom, and whether RAM alone is meant though there is device state."""
+
+    address: SeekableAddress
+    identity: Identity
+    ram_only: bool = False
+
+    @property
+    def stream_offset(self) -> int:
+        """Where in the file the stream begins."""
+        return self.address.offset if isinstance(self.address, FileMigrationArgs) else 0
+
+
+async def save(guest: Guest, request: SaveRequest) -> str:
+    """Write a checkpoint and make it the base; return one line that says what was done.
+
+    The file is durable and under its final name when this returns; after any error the former one is as
+    it was, and RAM too. Raises CommandError, StateError, StorageError or OSError.
+    """
+    if guest.read_only:
+        raise StateError("the mount is read-only (ro): there is nothing to save", errno.EPERM)
+    if not guest.blocks:
+        raise StateError(
+            "there is no RAM to save: fill the mount (migrate_incoming), or make a block", errno.EINVAL
+        )
+    guest.capabilities.check_file_transport()
+    name = describe_address(request.address)
+    migration = Migration("save", name, guest.on_status)
+    async with guest.migrating(migration):
+        target = await trio.to_thread.run_sync(
+            open_target, request.address, request.identity, guest.descriptors, guest.mount_device
+        )
+        try:
+            await _save_to(guest, target, request, migration)
+        except BaseException:
+            with trio.CancelScope(shield=True):
+                await trio.to_thread.run_sync(target.discard)
+            raise
+    answer = f"saved {name}: {migration.summary()}"
+    if guest.capabilities.mapped_ram and guest.capabilities.x_ignore_shared:
+        answer += "; QEMU 10.2 and older can't load mapped-ram with x-ignore-shared"
+        log.warning("%s", answer)
+    return answer
+
+
+async def _save_to(guest: Guest, target: Target, request: SaveRequest, migration: Migration) -> None:
+    if guest.base is not None and not guest.restored and guest.base.lies_in(target.file):
+        raise StateError(
+            f"{target.path}: is what RAM is restored from, and would be written in place: "
+            "save elsewhere, or `restore` first"
+        )
+    await trio.to_thread.run_sync(target.keep_prefix)
+    carried: list[Layer] = []
+    try:
+        epoch, image = await _begin_epoch(guest, request)
+        carried += (epoch.stacks[idstr].written[0] for idstr in epoch.carried)
+        fresh = {}
+        for idstr in epoch.carried:  # now, while a lack of memory can still fail the save
+            fresh[idstr] = GuestBlock(idstr, epoch.stacks[idstr].page_count, image.page_size)
+            carried += fresh[idstr].stack.written
+        image = _configured(guest, image, epoch)
+        migration.advance(MigrationStatus.ACTIVE)
+        write = write_checkpoint if guest.capabilities.mapped_ram else write_stream
+        written = await write(
+            target.file, request.stream_offset, image, epoch, _save_options(guest), migration.progress
+        )
+        guest.note_direct_io(target.path, written.direct_io)
+        migration.advance(MigrationStatus.DEVICE)
+        with trio.CancelScope(shield=True):  # either it is published, or it is not
+            base = await trio.to_thread.run_sync(_publish, guest, target, written, request.stream_offset)
+            if base is not None:
+                await _rebase(guest, epoch, fresh, base)
+                return
+    except BaseException:
+        await _give_up_epoch(guest, carried)
+        raise
+    await _give_up_epoch(guest, carried)  # it is saved, but where we can't read it
+
+
+async def _begin_epoch(guest: Guest, request: SaveRequest) -> tuple[Epoch, Image]:
+    """Return RAM at one moment, and what goes into the file beside it."""
+    if guest.machine is not None and not request.ram_only:
+        captured = await _capture(guest, guest.machine)
+        if captured is not None:
+            return captured
+    async with guest.settled():
+        _refuse_mixed_moments(guest, request)
+        return guest.freeze(guest.blocks), _image(guest, request.ram_only)
+
+
+async def _capture(guest: Guest, machine: Machine) -> tuple[Epoch, Image] | None:
+    """Take RAM and device state of the machine behind the mount at one moment.
+
+    None if it has been saved while it was paused: QEMU does not do that twice (run state postmigrate), but
+    then nothing has changed since, and RAM and device state are those of the base.
+    """
+    assert guest.page_cache is not None
+    page_cache = guest.page_cache
+    async with machine.monitor() as monitor:
+        if machine.run_state == "postmigrate":
+            return None
+        found = await check_backends(monitor, page_cache.files(guest.blocks))
+        if not found:
+            raise QemuError(
+                "QEMU has none of its RAM on this mount: see `ckptfs qemu-args` for how to start it",
+                errno.EINVAL,
+            )
+        flush = partial(page_cache.flush, list(found))
+        captured = await capture(monitor, flush, partial(guest.freeze, found))
+    epoch, image = await trio.to_thread.run_sync(compose, captured, list(guest.blocks))
+    guest.migration.downtime = captured.downtime
+    guest.machine_ran = True
+    return epoch, image
+
+
+def _refuse_mixed_moments(guest: Guest, request: SaveRequest) -> None:
+    """RAM of one moment and device state of another would be a checkpoint that corrupts its guest."""
+    if request.ram_only:
+        return
+    unchanged = guest.machine_ran and guest.has_device_state and not guest.has_written
+    if guest.machine is not None and not unchanged:
+        raise StateError(
+            "QEMU has saved this guest while it was stopped, and does not save it once more before it has run: "
+            "`cont`, then save",
+            errno.EBUSY,
+        )
+    if guest.machine_ran and guest.has_device_state and guest.has_written:
+        raise StateError(
+            "a machine has run on this RAM, so the device state of the checkpoint is older than RAM: "
+            "bind its QMP socket (qmp SOCKET) to save both, or say `save ram-only`, or `reset`",
+            errno.EPERM,
+        )
+
+
+def _image(guest: Guest, ram_only: bool) -> Image:
+    """What goes into a checkpoint beside RAM: the base's device state, or none."""
+    if guest.base is not None and not ram_only:
+        return guest.base.image()
+    return empty_image([(block.idstr, block.used_length) for block in guest.blocks.values()], guest.page_size)
+
+
+def _configured(guest: Guest, image: Image, epoch: Epoch) -> Image:
+    """The image as the capabilities want it."""
+    capabilities = tuple(name for name in (IGNORE_SHARED, MAPPED_RAM) if guest.capabilities.get(name))
+    uuid = uuid_of(image.subsections) or guest.uuid if guest.capabilities.validate_uuid else None
+    return image.configured(capabilities, uuid, _ignored(guest, epoch))
+
+
+def _ignored(guest: Guest, epoch: Epoch) -> set[str]:
+    """The blocks whose content stays in the shared file that it came from: capability x-ignore-shared.
+
+    That file is never written here, so whatever was written over it would be lost: StateError (EPERM).
+    """
+    if guest.base is None or not guest.capabilities.x_ignore_shared:
+        return set()
+    for idstr in guest.base.shared:
+        if any(layer.present.any(0, layer.present.page_count) for layer in epoch.stacks[idstr].written):
+            raise StateError(
+                f"{idstr}: pages were written, and with x-ignore-shared the save would leave them out: "
+                "switch x-ignore-shared off, or `reset`",
+                errno.EPERM,
+            )
+    return set(guest.base.shared)
+
+
+def _publish(guest: Guest, target: Target, written: Written, stream_offset: int) -> Base | None:
+    """Publish what was written, once it has been read back: it becomes the base, so it had better be whole.
+
+    None if it can't be read (a descriptor for writing alone was handed in): the base stays what it was.
+    """
+    target.seal(*written.header)
+    file = target.reader()
+    if file is None:
+        target.publish()
+        return None
+    try:
+        base = Base(target.path, file, stream_offset, guest.base_options())
+    except BaseException:
+        file.close()
+        raise
+    try:
+        target.publish()
+    except BaseException:
+        base.close()
+        raise
+    return base
+
+
+def _save_options(guest: Guest) -> SaveOptions:
+    """As QEMU: without multifd there is one channel, and direct-io has no effect."""
+    parameters, multifd = guest.parameters, guest.capabilities.multifd
+    rate_limit = RateLimit()
+    return SaveOptions(
+        channel_count=parameters.multifd_channels if multifd else 1,
+        direct_io=guest.requested_direct_io() if multifd else DirectIO(False),
+        zero_page_detection=parameters.zero_page_detection,
+        wait_for_bandwidth=partial(_wait_for_bandwidth, guest, rate_limit),
+        charge=rate_limit.charge,
+    )
+
+
+async def _wait_for_bandwidth(guest: Guest, rate_limit: RateLimit, length: int) -> None:
+    """max-bandwidth may change while a save runs, and counts at once."""
+    rate_limit.bytes_per_second = guest.parameters.max_bandwidth
+    while delay := rate_limit.delay(trio.current_time()):
+        await trio.sleep(delay)
+        rate_limit.bytes_per_second = guest.parameters.max_bandwidth
+    rate_limit.charge(length)
+
+
+async def _rebase(guest: Guest, epoch: Epoch, fresh: dict[str, GuestBlock], base: Base) -> None:
+    """Put the checkpoint that ``epoch`` was saved to below what was written since.
+
+    ``fresh`` are empty blocks for those that the machine handed over. The checkpoint has its final name
+    already, so a lack of memory is no error here: RAM is then read from it.
+    """
+    former = None if guest.restored else guest.base  # that of a restored guest is closed
+    if guest.restored:
+        try:
+            await _keep_in_memory(guest, epoch)
+        except OSError as error:
+            log.warning("%s: RAM is no longer all in memory: %s", base.path, error.strerror)
+            guest.restored = False
+    dropped: list[Layer] = []
+    for idstr, frozen in epoch.stacks.items():
+        if idstr not in epoch.carried:
+            dropped += guest.blocks[idstr].rebase(frozen, base.blocks[idstr], keep_restored=guest.restored)
+        else:
+            # its file, if it has one, shows from now on what the machine had
+            block = guest.blocks.setdefault(idstr, fresh[idstr])
+            dropped += block.replace(frozen, fresh[idstr], base.blocks[idstr], keep_restored=guest.restored)
+    guest.base = base
+    await close_layers(dropped)
+    if guest.restored:
+        await base.aclose()
+    elif former is not None:
+        await former.aclose()
+    if epoch.carried and guest.page_cache is not None:
+        await guest.page_cache.forget(epoch.carried)
+
+
+async def _keep_in_memory(guest: Guest, epoch: Epoch) -> None:
+    """A guest that was restored as a whole stays independent of any file: its pages stay in memory."""
+    for idstr, stack in epoch.stacks.items():
+        if idstr in epoch.carried:
+            continue
+        assert stack.restored is not None
+        for layer in reversed(stack.written):
+            while stack.restored.absorb_some(layer):
+                await trio.lowlevel.checkpoint()
+
+
+async def _give_up_epoch(guest: Guest, carried: list[Layer]) -> None:
+    with trio.CancelScope(shield=True):
+        await guest.thaw()
+        await close_layers(carried)

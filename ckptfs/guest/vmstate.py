@@ -1,0 +1,78 @@
+"""The stream from which stock QEMU starts on the RAM of a mount, and who may have it."""
+
+import errno
+from collections.abc import Collection
+
+from ckptfs.errors import StateError
+from ckptfs.guest.block import GuestBlock
+from ckptfs.guest.guest import Guest
+from ckptfs.mapped_ram.precopy import vmstate_stream
+from ckptfs.migration.outgoing import page_windows
+from ckptfs.qemu.backends import is_backend
+from ckptfs.qemu.users import RAMUser
+
+
+def backends_on(guest: Guest, named: Collection[str]) -> list[str]:
+    """The blocks that a machine has as memory backends on this mount, so that its stream leaves them out.
+
+    Those ``named``, if any are; by default those that look like main memory (`is_backend`).
+    """
+    return [idstr for idstr in guest.blocks if (idstr in named if named else is_backend(idstr))]
+
+
+async def vmstate(guest: Guest, left_out: list[str], user: RAMUser, others: list[RAMUser]) -> bytes:
+    """Return the stream from which stock QEMU starts on this RAM (`-incoming file:DIR/vmstate`).
+
+    ``user`` is the process that asks for it, ``others`` are those that have some of RAM open. Raises
+    StateError (EPERM), saying what to do, where RAM and device state would not belong together: QEMU itself
+    would start such a guest without a word, and corrupt it.
+    """
+    if guest.base is None:
+        raise StateError("there is no checkpoint behind this mount", errno.ENOENT)
+    if guest.has_written:
+        raise StateError(
+            "pages were written since the checkpoint, so its device state does not belong to this RAM: "
+            "`reset` drops them, `save` makes a new checkpoint",
+            errno.EPERM,
+        )
+    missing = [idstr for idstr in left_out if idstr not in user.holds]
+    if missing:
+        raise StateError(
+            f"the process does not have {', '.join(missing)} of this mount as its RAM: "
+            "start QEMU with the arguments that `ckptfs qemu-args` prints",
+            errno.EPERM,
+        )
+    _refuse_shared_use(user, others)
+    inside = [block for idstr, block in guest.blocks.items() if idstr not in left_out]
+    pages = [run for block in inside for run in await _runs(guest, block)]
+    stream = vmstate_stream(guest.base.checkpoint, left_out, pages, guest.base.setup, guest.base.device_state)
+    guest.machine_ran = guest.machine_ran or bool(user.maps_shared)
+    return stream
+
+
+async def _runs(guest: Guest, block: GuestBlock) -> list[tuple[str, int, bytes]]:
+    """All pages of a block that hold data, in runs: idstr, first page, bytes."""
+    with_data = block.stack.with_data()
+    runs = []
+    for window in page_windows(with_data, guest.page_size):
+        length = (window.stop - window.start) * guest.page_size
+        data = await guest.read(block, window.start * guest.page_size, length)
+        for start, stop in with_data.runs(*window):
+            first, last = ((page - window.start) * guest.page_size for page in (start, stop))
+            runs.append((block.idstr, start, bytes(data[first:last])))
+    return runs
+
+
+def _refuse_shared_use(user: RAMUser, others: list[RAMUser]) -> None:
+    """RAM that one machine writes (share=on) is no other machine's, not even below its private copies."""
+    for other in others:
+        if other.maps_shared:
+            problem = "has this RAM with share=on"
+        elif user.maps_shared and other.maps_private:
+            problem = "has this RAM with share=off, and would see what is written here"
+        else:
+            continue
+        raise StateError(
+            f"process {other.pid} {problem}: end it first, or have share=off for all machines on this mount",
+            errno.EPERM,
+        )
