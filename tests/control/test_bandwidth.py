@@ -42,7 +42,7 @@ def memory(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize("channels", [1, 4])
 def test_a_save_is_no_faster_than_its_limit(channels: int, mount: Mount, memory: Path) -> None:
-    """That it is no slower either is shown with a clock that nothing disturbs: tests/migration/test_ratelimit.py."""
+    """That it is no slower is shown with a clock that nothing disturbs: tests/migration/test_ratelimit.py."""
     mounted = mount(memory / "checkpoint", "ram=pc.ram:64M", f"multifd_channels={channels},max_bandwidth=32M")
     fill(mounted, 64 * MiB)
     started = time.monotonic()
