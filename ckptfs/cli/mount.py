@@ -183,14 +183,26 @@ def _exists(path: str) -> bool:
 
 def _check_mount_point(directory: str) -> None:
     try:
-        mode = os.stat(directory).st_mode
+        status = os.stat(directory)
         os.statvfs(directory)  # stat is answered out of a cache for a while after the daemon died
     except OSError as error:
         if error.errno == errno.ENOTCONN:
             raise CommandError(f"{directory}: a dead mount is there; `umount {directory}` first") from None
         raise
-    if not stat.S_ISDIR(mode):
+    if not stat.S_ISDIR(status.st_mode):
         raise CommandError(f"{directory}: is not a directory")
+    if _is_ckptfs(status.st_dev):  # a mount on top would hide it, and what runs on it
+        raise CommandError(f"{directory}: ckptfs is mounted there already; `umount {directory}` first", errno.EBUSY)
+
+
+def _is_ckptfs(device: int) -> bool:
+    """Whether the file system with this st_dev is one of ours (proc(5), /proc/pid/mountinfo)."""
+    with open("/proc/self/mountinfo") as mounts:
+        for line in mounts:
+            fields, _, rest = line.partition(" - ")
+            if fields.split(" ")[2] == f"{os.major(device)}:{os.minor(device)}":
+                return rest.startswith("fuse.ckptfs ")
+    return False
 
 
 def _check_fuse() -> None:

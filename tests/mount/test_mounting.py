@@ -110,6 +110,18 @@ def test_fake_mounts_nothing(checkpoint: Path, mount_point: Path) -> None:
     assert not is_mounted(mount_point)
 
 
+def test_a_mount_on_a_mount(mount: Mount, checkpoint: Path, tmp_path: Path) -> None:
+    mounted = mount(checkpoint)
+    (tmp_path / "other").mkdir()
+    other = mount(checkpoint, path=tmp_path / "other")  # the same checkpoint elsewhere is another guest
+    for directory in (mounted.path, other.path, mounted.ram):
+        result = run_mount(checkpoint, directory)
+        assert result.returncode == 32
+        assert result.stderr == (
+            f"mount.ckptfs: {directory}: ckptfs is mounted there already; `umount {directory}` first\n"
+        )
+
+
 def test_foreground(checkpoint: Path, mount_point: Path) -> None:
     command = [BIN / "mount.ckptfs", checkpoint, mount_point, "-o", "foreground"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
