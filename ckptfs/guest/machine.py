@@ -4,10 +4,13 @@ import errno
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from ckptfs.channels.identity import Identity
 from ckptfs.errors import QemuError
-from ckptfs.qemu.monitor import Monitor, connected
+
+if TYPE_CHECKING:
+    from ckptfs.qemu.monitor import Monitor
 
 
 @dataclass
@@ -23,8 +26,10 @@ class Machine:
     run_state: str | None = None
 
     @asynccontextmanager
-    async def monitor(self) -> AsyncIterator[Monitor]:
+    async def monitor(self) -> AsyncIterator["Monitor"]:
         """Connect to the QMP socket for as long as this lasts; QemuError if that fails."""
+        from ckptfs.qemu.monitor import connected  # asyncio is slow to import, and most mounts have no machine
+
         self.state = "lost" if self.state == "connected" else self.state
         async with connected(self.qmp_path, self.identity) as monitor:
             self.state = "connected"
@@ -39,7 +44,7 @@ class Machine:
             except QemuError as error:  # what was to be done has been done
                 self._note_loss(error)
 
-    async def _look(self, monitor: Monitor) -> None:
+    async def _look(self, monitor: "Monitor") -> None:
         self.run_state = (await monitor.execute("query-status"))["status"]
 
     def _note_loss(self, error: QemuError) -> None:

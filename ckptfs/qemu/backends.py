@@ -5,11 +5,14 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import trio
 
 from ckptfs.errors import QemuError
-from ckptfs.qemu.monitor import Monitor
+
+if TYPE_CHECKING:
+    from ckptfs.qemu.monitor import Monitor
 
 _OBJECTS = "/objects/"
 _RAM_BLOCK_LINE = re.compile(r"\s*(\S.*?)\s+\d+ [KMG]?i?B\s+0x")
@@ -38,7 +41,7 @@ class RAMFile:
     inode: int
 
 
-async def check_backends(monitor: Monitor, files: Iterable[RAMFile]) -> set[str]:
+async def check_backends(monitor: "Monitor", files: Iterable[RAMFile]) -> set[str]:
     """Return the RAM blocks that QEMU has on this mount; all of its memory backends have to be.
 
     Raises QemuError (EINVAL), saying how to start QEMU instead, for a backend that lies elsewhere, that is private
@@ -70,7 +73,7 @@ async def check_backends(monitor: Monitor, files: Iterable[RAMFile]) -> set[str]
 
 
 async def _problem(
-    monitor: Monitor, name: str, kind: str, idstr: str, by_inode: dict[tuple[int, int], RAMFile]
+    monitor: "Monitor", name: str, kind: str, idstr: str, by_inode: dict[tuple[int, int], RAMFile]
 ) -> tuple[str | None, str]:
     """What keeps backend ``name`` from being block ``idstr`` of this mount, and which block it should be."""
     if kind != "memory-backend-file":
@@ -84,7 +87,7 @@ async def _problem(
     return None if file.idstr == idstr else f"lies in the file of block {file.idstr!r}", file.idstr
 
 
-async def _named_blocks(monitor: Monitor) -> set[str]:
+async def _named_blocks(monitor: "Monitor") -> set[str]:
     """The names of the RAM blocks in use (HMP ``info ramblock``: the first column, empty for unused ones)."""
     text: str = await monitor.execute("human-monitor-command", command_line="info ramblock")
     matches = (_RAM_BLOCK_LINE.match(line) for line in text.splitlines())

@@ -17,12 +17,14 @@ import os
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import trio
 
 from ckptfs.errors import CkptfsError, QemuError, StateError
-from ckptfs.qemu.monitor import Monitor
+
+if TYPE_CHECKING:
+    from ckptfs.qemu.monitor import Monitor
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +63,7 @@ class Capture(Generic[E]):
     downtime: float
 
 
-async def capture(monitor: Monitor, flush: Callable[[], Awaitable[None]], freeze: Callable[[], E]) -> Capture[E]:
+async def capture(monitor: "Monitor", flush: Callable[[], Awaitable[None]], freeze: Callable[[], E]) -> Capture[E]:
     """Stop the guest, take its device state and the epoch, and let it go on.
 
     Afterwards, also after any error, a guest that ran runs; one that was paused stays paused, in QEMU's state
@@ -82,7 +84,7 @@ async def capture(monitor: Monitor, flush: Callable[[], Awaitable[None]], freeze
     return Capture(epoch, stream, run_state, downtime)
 
 
-async def _run_state(monitor: Monitor) -> str:
+async def _run_state(monitor: "Monitor") -> str:
     state: str = (await monitor.execute("query-status"))["status"]
     if state not in ("running", "paused", "prelaunch"):
         raise StateError(f"the guest is in state {state!r}: bring it to running or paused, then save")
@@ -102,7 +104,7 @@ async def _flush_until_it_settles(flush: Callable[[], Awaitable[None]]) -> None:
 
 
 @asynccontextmanager
-async def _paused(monitor: Monitor, run_state: str) -> AsyncIterator[None]:
+async def _paused(monitor: "Monitor", run_state: str) -> AsyncIterator[None]:
     """Keep the guest from running; afterwards, whatever happened, it runs again if it ran before."""
     if run_state != "running":
         yield
@@ -116,7 +118,7 @@ async def _paused(monitor: Monitor, run_state: str) -> AsyncIterator[None]:
     await _let_go_on(monitor)
 
 
-async def _let_go_on(monitor: Monitor, cause: BaseException | None = None) -> None:
+async def _let_go_on(monitor: "Monitor", cause: BaseException | None = None) -> None:
     """Have the guest run again; ``cause`` is what went wrong before."""
     with trio.CancelScope(shield=True):
         try:
@@ -129,7 +131,7 @@ async def _let_go_on(monitor: Monitor, cause: BaseException | None = None) -> No
 
 
 @asynccontextmanager
-async def _migration_settings(monitor: Monitor) -> AsyncIterator[None]:
+async def _migration_settings(monitor: "Monitor") -> AsyncIterator[None]:
     """Set QEMU's capabilities and parameters for the device state, and put them back as they were found."""
     listed = await monitor.execute("query-migrate-capabilities")
     capabilities = {entry["capability"]: entry["state"] for entry in listed}
@@ -154,20 +156,20 @@ async def _put_back(setting: Awaitable[None]) -> None:
         log.warning("QEMU's migration settings could not be put back as they were: %s", error)
 
 
-async def _set_capabilities(monitor: Monitor, states: dict[str, bool]) -> None:
+async def _set_capabilities(monitor: "Monitor", states: dict[str, bool]) -> None:
     """Set all of them in one command: QEMU checks then which of them go together, and not in between."""
     if states:
         entries = [{"capability": name, "state": state} for name, state in states.items()]
         await monitor.execute("migrate-set-capabilities", capabilities=entries)
 
 
-async def _set_parameters(monitor: Monitor, values: dict[str, Any]) -> None:
+async def _set_parameters(monitor: "Monitor", values: dict[str, Any]) -> None:
     if values:
         await monitor.execute("migrate-set-parameters", **values)
 
 
 @asynccontextmanager
-async def _pipe_from_qemu(monitor: Monitor) -> AsyncIterator[trio.lowlevel.FdStream]:
+async def _pipe_from_qemu(monitor: "Monitor") -> AsyncIterator[trio.lowlevel.FdStream]:
     """The reading end of a pipe whose other end QEMU has, as descriptor `_FD_NAME`; no file is needed."""
     receiver, sender = os.pipe()
     async with trio.lowlevel.FdStream(receiver) as pipe:
@@ -185,7 +187,7 @@ async def _pipe_from_qemu(monitor: Monitor) -> AsyncIterator[trio.lowlevel.FdStr
             raise
 
 
-async def _device_state(monitor: Monitor, pipe: trio.lowlevel.FdStream) -> bytes:
+async def _device_state(monitor: "Monitor", pipe: trio.lowlevel.FdStream) -> bytes:
     """Have QEMU migrate its device state into the pipe; when this ends, the migration has ended."""
     with trio.CancelScope(shield=True):  # either it has begun, or it has not
         await monitor.execute("migrate", uri=f"fd:{_FD_NAME}")
@@ -204,13 +206,13 @@ async def _device_state(monitor: Monitor, pipe: trio.lowlevel.FdStream) -> bytes
     return bytes(stream)
 
 
-async def _receive(monitor: Monitor, pipe: trio.lowlevel.FdStream) -> bytes | bytearray:
+async def _receive(monitor: "Monitor", pipe: trio.lowlevel.FdStream) -> bytes | bytearray:
     with trio.move_on_after(monitor.deadline):
         return await pipe.receive_some(PIPE_LENGTH)
     raise QemuError(f"migrate: no device state came from QEMU in {monitor.deadline:g} s", errno.ETIMEDOUT)
 
 
-async def _check_completed(monitor: Monitor) -> None:
+async def _check_completed(monitor: "Monitor") -> None:
     """See how the migration ended: a stream that was cut short looks like any other here."""
     migration = await monitor.execute("query-migrate")
     status = migration.get("status", "none")
