@@ -42,8 +42,8 @@ async def test_a_guest_starts_on_what_qemu_saved_alone_and_is_saved_live(
         assert tick > checkpoint.last_tick
         assert mounted.status()["checkpoint-pages"] > 0, "it should come as it is touched"
         mounted.ctl(f"qmp {vm.qmp_path}")
-        mounted.ctl(f"save {tmp_path / 'again'}")
         last_tick = vm.ticks()[-1]
+        mounted.ctl(f"save {tmp_path / 'again'}")
         assert await goes_on(vm) > tick
     mounted.umount()
     await assert_stock_qemu_runs(LiveCheckpoint(tmp_path / "again", machine, checkpoint.guest, last_tick))
