@@ -4,6 +4,7 @@ import contextlib
 import errno
 import logging
 import os
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from uuid import UUID
@@ -111,7 +112,7 @@ class Base:
             self.device_state = read_device_state(source, self.checkpoint)
             left_out = [block for block in self.checkpoint.blocks if block.idstr not in self.blocks]
             for block in left_out:
-                self.blocks[block.idstr] = _shared_block(block, options, undo)
+                self.blocks[block.idstr] = _shared_block(path, block, options, undo)
             self._resources = undo.pop_all()
         self.shared = frozenset(block.idstr for block in left_out)
         """The blocks whose content the checkpoint leaves in a shared file (x-ignore-shared)."""
@@ -238,15 +239,20 @@ def _recorded_blocks(
     return checkpoint, blocks
 
 
-def _shared_block(block: RAMBlock, options: BaseOptions, undo: contextlib.ExitStack) -> BaseBlock:
+def _shared_block(
+    checkpoint_path: str, block: RAMBlock, options: BaseOptions, undo: contextlib.ExitStack
+) -> BaseBlock:
     """RAM that the checkpoint leaves out: all of a file that was named for it."""
     path = options.shared.get(block.idstr)
     if path is None:
         raise CommandError(
-            f"the checkpoint leaves out {block.idstr} (x-ignore-shared): name its file, "
+            f"{checkpoint_path}: leaves out {block.idstr} (x-ignore-shared): name its file, "
             f"-o shared={block.idstr}:PATH"
         )
-    file = OpenedFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), os.O_RDONLY)
+    try:
+        file = _open_ram_file(path)
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}", error.errno) from error
     undo.callback(file.close)
     length = os.lseek(file.fd, 0, os.SEEK_END)
     if length < block.used_length:
@@ -256,6 +262,15 @@ def _shared_block(block: RAMBlock, options: BaseOptions, undo: contextlib.ExitSt
     all_pages = PagesBitmap(block.page_count)
     all_pages.set(0, block.page_count)
     return BaseBlock(all_pages, MappedPages(channels, 0, block.page_size))
+
+
+def _open_ram_file(path: str) -> OpenedFile:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # NONBLOCK: a FIFO must not hang us
+    mode = os.fstat(fd).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+        os.close(fd)
+        raise CommandError(f"{path}: is not a regular file, so it is no RAM")
+    return OpenedFile(fd, os.O_RDONLY)
 
 
 def _read_run(

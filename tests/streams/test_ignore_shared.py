@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ async def test_ram_that_stays_in_its_file(stock_checkpoint: StockCheckpoints, mo
     assert stock.capabilities == ["x-ignore-shared"]
     assert not stock.blocks["pc.ram"].records
 
-    message = "the checkpoint leaves out pc.ram (x-ignore-shared): name its file, -o shared=pc.ram:PATH"
+    message = f"{stream}: leaves out pc.ram (x-ignore-shared): name its file, -o shared=pc.ram:PATH"
     assert message in refusal(stream, tmp_path / "refused")
     mounted = mount(stream, f"shared=pc.ram:{ram}", "multifd=off,mapped_ram=off,x_ignore_shared=on")
     assert_ram(mounted, source)
@@ -164,3 +165,22 @@ def test_a_ram_file_that_is_too_short_is_refused(capabilities: list[str], tmp_pa
     ram.write_bytes(bytes(7 * PAGE))
     message = refusal(stream, tmp_path / "refused", f"shared=pc.ram:{ram}")
     assert f"{ram}: has {7 * PAGE} bytes, block pc.ram has {8 * PAGE}" in message
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda path: None, "No such file or directory"),
+        (os.mkdir, "is not a regular file"),
+        (os.mkfifo, "is not a regular file"),
+        (lambda path: path.symlink_to("/dev/zero"), "is not a regular file"),
+    ],
+    ids=["nothing", "directory", "FIFO", "device"],
+)
+def test_what_is_no_ram_file_is_refused_by_its_own_name(
+    make: Callable[[Path], None], text: str, tmp_path: Path
+) -> None:
+    stream, ram = tmp_path / "stream", tmp_path / "ram"
+    MigrationFile([Block("pc.ram", 8, ignored=True)], capabilities=["x-ignore-shared"]).write(stream)
+    make(ram)
+    assert f"{ram}: {text}" in refusal(stream, tmp_path / "refused", f"shared=pc.ram:{ram}")
