@@ -128,6 +128,13 @@ class Control:
     async def _cancel(self, command: ctl.Cancel, identity: Identity) -> str:
         return f"ok {await self._guest.cancel()}"
 
+    async def _migrate_continue(self, command: ctl.MigrateContinue, identity: Identity) -> str:
+        raise StateError(
+            f"Migration not in expected state: {self._guest.migration.status}: "
+            "there is no switchover before which a save pauses",
+            errno.EINVAL,
+        )
+
     async def _restore(self, command: ctl.Restore, identity: Identity) -> str:
         return f"ok {await self._guest.restore()}"
 
@@ -275,6 +282,7 @@ _METHODS: dict[type, Callable[[Control, Any, Identity], Awaitable[str]]] = {
     ctl.Save: Control._save,
     ctl.MigrateIncoming: Control._migrate_incoming,
     ctl.Cancel: Control._cancel,
+    ctl.MigrateContinue: Control._migrate_continue,
     ctl.Restore: Control._restore,
     ctl.Prefetch: Control._prefetch,
     ctl.Reset: Control._reset,

@@ -42,6 +42,11 @@ class Cancel:
 
 
 @dataclass(frozen=True)
+class MigrateContinue:
+    """Go on after a pause before the switchover, which no save makes."""
+
+
+@dataclass(frozen=True)
 class Restore:
     """Bring in everything."""
 
@@ -135,6 +140,7 @@ Command = (
     Save
     | MigrateIncoming
     | Cancel
+    | MigrateContinue
     | Restore
     | Prefetch
     | Reset
@@ -276,6 +282,8 @@ def _parse_migrate(rest: str) -> Command:
     words = _words(rest)
     options = [word for word in words if word.startswith("-")]
     uris = [word for word in words if not word.startswith("-")]
+    if "-r" in options:
+        raise CommandError("Cannot resume if there is no paused migration")
     for option in options:
         if option != "-d":
             raise CommandError(f"migrate: unsupported option {option}")
@@ -288,6 +296,12 @@ def _parse_migrate_incoming(rest: str) -> Command:
     if rest.startswith("{"):
         return MigrateIncoming(seekable_file(parse_migrate_json(rest)))
     return MigrateIncoming(seekable_file(parse_uri(_one(rest))))
+
+
+def _parse_migrate_continue(rest: str) -> Command:
+    if rest != "pre-switchover":
+        raise _UsageError
+    return MigrateContinue()
 
 
 def _parse_prefetch(rest: str) -> Command:
@@ -376,6 +390,12 @@ GRAMMAR = (
         "",
         "End the running save or restore; nothing half-done stays under a final name.",
         _alone(Cancel()),
+    ),
+    Grammar(
+        ("migrate_continue",),
+        "pre-switchover",
+        "Known, and always refused: a save does not pause before a switchover, as there is none.",
+        _parse_migrate_continue,
     ),
     Grammar(
         ("restore",),

@@ -54,6 +54,26 @@ async def test_qemus_example_as_it_stands(stock_checkpoint: StockCheckpoints, mo
         assert await vm.tick() == tick + 1
 
 
+# --- words that find nothing to do -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        ("migrate_continue pre-switchover", "Migration not in expected state: "),
+        ("migrate_cancel", "nothing is running that could be cancelled"),
+        ("migrate -r file:/nowhere/file", "Cannot resume if there is no paused migration"),
+        ("migrate_incoming file:/nowhere/file", "this mount has RAM already"),
+    ],
+)
+def test_nothing_to_do(command: str, text: str, standing: Mounted) -> None:
+    before = standing.status()["migration"]
+    error, words = refusal(standing, command)
+    assert error == (errno.EEXIST if "incoming" in command else errno.EINVAL)
+    assert words.startswith(text)
+    assert standing.status()["migration"] == before
+
+
 # --- file: URIs -------------------------------------------------------------------------------------------
 
 
