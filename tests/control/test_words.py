@@ -177,6 +177,7 @@ SETTINGS = [
     ("max-bandwidth", "0", "100", str(100 * MiB)),
     ("max-bandwidth", "0", "1.5M", str(3 * MiB // 2)),
     ("max-bandwidth", "0", "0x10", str(16 * MiB)),
+    ("multifd-channels", "4", "1", "1"),
     ("multifd-channels", "4", "255", "255"),
     ("multifd-channels", "4", "0x10", "16"),
     ("multifd-channels", "4", "017", "15"),
@@ -187,6 +188,10 @@ SETTINGS = [
     ("avail-switchover-bandwidth", "0", "1", str(MiB)),
     ("multifd-compression", "none", "none", "none"),
     ("mode", "normal", "normal", "normal"),
+    ("xbzrle-cache-size", "67108864", "4k", "4096"),
+    ("max-postcopy-bandwidth", "0", "1M", str(MiB)),
+    ("cpu-throttle-initial", "20", "99", "99"),
+    ("announce-initial", "50", "100000", "100000"),
 ]
 
 
@@ -216,6 +221,7 @@ def test_a_parameter_by_all_doors(name: str, default: str, value: str, shown: st
         ("max-bandwidth 1x", "Invalid size 1x"),
         ("max-bandwidth -1", "Invalid size -1"),
         ("max-bandwidth 16E", "Invalid size 16E"),
+        ("max-bandwidth 8E", "Invalid size 8E"),
         ("direct-io perhaps", "Parameter 'direct-io' expects 'on' or 'off'"),
         ("zero-page-detection all", "Parameter 'zero-page-detection' does not accept value 'all'"),
         (
@@ -223,8 +229,11 @@ def test_a_parameter_by_all_doors(name: str, default: str, value: str, shown: st
             "Parameter 'downtime_limit' expects an integer in the range of 0 to (2000 * 1000) ms",
         ),
         ("multifd-compression zstd", "Mapped-ram only available for non-compressed non-TLS multifd migration"),
+        ("multifd-compression zlib", "Mapped-ram only available for non-compressed non-TLS multifd migration"),
+        ("multifd-compression lzma", "Parameter 'multifd-compression' does not accept value 'lzma'"),
         ("tls-creds x", "Mapped-ram only available for non-compressed non-TLS multifd migration"),
         ("mode cpr-reboot", "mode 'cpr-reboot' is not supported: a checkpoint is saved in mode 'normal'"),
+        ("mode cpr-transfer", "mode 'cpr-transfer' is not supported: a checkpoint is saved in mode 'normal'"),
         ("mode nosuch", "Parameter 'mode' does not accept value 'nosuch'"),
         ("direct-io", "usage: migrate_set_parameter NAME VALUE"),
         ("direct-io on off", "usage: migrate_set_parameter NAME VALUE"),

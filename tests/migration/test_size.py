@@ -74,6 +74,14 @@ def test_a_size(text: str, size: int) -> None:
     assert parse_size(text) == size
 
 
+@pytest.mark.parametrize(
+    ("suffixes", "power"), [("bB", 0), ("kK", 1), ("mM", 2), ("gG", 3), ("tT", 4), ("pP", 5), ("eE", 6)]
+)
+def test_a_suffix(suffixes: str, power: int) -> None:
+    for suffix in suffixes:
+        assert parse_size(f"3{suffix}") == 3 << 10 * power
+
+
 @pytest.mark.parametrize("text", INVALIDS)
 def test_no_size(text: str) -> None:
     with pytest.raises(CommandError, match=f"^{INVALID}$"):

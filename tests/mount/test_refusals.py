@@ -127,6 +127,27 @@ def test_a_wrong_offset(mount_point: Path, tmp_path: Path) -> None:
     assert "0x100000000" in refused(path, mount_point, "image_offset=4G")
 
 
+@pytest.mark.parametrize(
+    ("spec", "text"),
+    [
+        ("file:{},offset=0x20M", "file URI has bad offset 0x20M: Invalid argument"),
+        ("file:{},offset=", "file URI has bad offset : Invalid argument"),
+        ("file:{},offset=4k,x=1", "file URI has bad offset 4k,x=1: Invalid argument"),
+        ("file:{},offset=16E", "file URI has bad offset 16E: Numerical result out of range"),
+        ("file:{},offset=8E", "is outside of any file"),
+        ("FILE:{}", "unknown migration protocol: FILE:"),
+        ("tcp:host:4444", "transport 'socket' is not supported"),
+        ("exec:cat {}", "transport 'exec' is not supported"),
+        ("file:", "the file name is empty"),
+        ("file:/dev/fdset/x", "Could not parse fdset /dev/fdset/x"),
+    ],
+)
+def test_a_wrong_uri(spec: str, text: str, mount_point: Path, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    SMALL.write(path)
+    assert text in refused(spec.format(path), mount_point, code=USAGE)
+
+
 # --- SPEC and ram= ----------------------------------------------------------------------------------------
 
 
