@@ -45,7 +45,7 @@ def query_migrate(migration: Migration, page_size: int) -> QueryMigrate:
         mbps=progress.transferred * 8 / seconds / 1e6 if seconds else 0.0,
         dirty_sync_count=1,
         page_size=page_size,
-        multifd_bytes=progress.transferred,
+        multifd_bytes=progress.transferred if migration.multifd else 0,
         pages_per_second=int(progress.normal_pages / seconds) if seconds else 0,
     )
     return QueryMigrate(

@@ -17,6 +17,8 @@ class Migration:
     uri: str
     on_status: Callable[[MigrationStatus], None] = lambda status: None
     """Called at every step."""
+    multifd: bool = False
+    """Whether pages go through multifd channels."""
     status: MigrationStatus = MigrationStatus.NONE
     progress: Progress = field(default_factory=Progress)
     error: str | None = None

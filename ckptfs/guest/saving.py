@@ -64,7 +64,7 @@ async def save(guest: Guest, request: SaveRequest) -> str:
         )
     guest.capabilities.check_file_transport()
     name = describe_address(request.address)
-    migration = Migration("save", name, guest.on_status)
+    migration = Migration("save", name, guest.on_status, guest.capabilities.multifd)
     async with guest.migrating(migration):
         target = await trio.to_thread.run_sync(
             open_target, request.address, request.identity, guest.descriptors, guest.mount_device
