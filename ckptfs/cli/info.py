@@ -53,6 +53,7 @@ def describe_file(path: str, stream_offset: int) -> Document:
         "complete": all(block["present"] for block in blocks),
         "machine": printable(checkpoint.machine),
         "run-state": checkpoint.run_state,
+        "uuid": None if checkpoint.uuid is None else str(checkpoint.uuid),
         "capabilities": [printable(name) for name in checkpoint.capabilities],
         "offset": checkpoint.stream_offset,
         "end": checkpoint.end_offset,
@@ -114,6 +115,7 @@ def format_file(document: Document) -> str:
         f"{document['file']}: {document['format']} checkpoint, "
         + (f"without the RAM of {', '.join(left_out)}" if left_out else "complete"),
         f"machine  {_machine(document['machine'], document['run-state'])}",
+        *([] if document["uuid"] is None else [f"uuid     {document['uuid']}"]),
         f"stream   bytes {document['offset']:#x} to {document['end']:#x} of {document['length']:#x}, "
         f"{_size(document['stored'])} stored",
         *_table(document["blocks"], ("data-pages", "zero-pages")),

@@ -1,6 +1,7 @@
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,7 @@ def test_a_file_as_json(tmp_path: Path, run_ckptfs: RunCkptfs) -> None:
         "complete": True,
         "machine": "pc-i440fx-10.0",
         "run-state": "paused",
+        "uuid": None,
         "capabilities": ["mapped-ram"],
         "offset": 0,
         "end": len(data),
@@ -116,6 +118,15 @@ def test_an_offset_in_qemus_words(tmp_path: Path, run_ckptfs: RunCkptfs) -> None
     assert "stream   bytes 0x1001 to" in run_ckptfs("info", "--offset", "0x1001", path).stdout
     line = run_ckptfs("info", "--offset", "4k", path, code=1).stderr
     assert line == f"{path}: at byte 0x1000: Not a migration stream (or it begins at another offset)\n"
+
+
+@pytest.mark.parametrize("file", [SMALL, PLAIN], ids=["mapped-ram", "precopy"])
+def test_the_uuid(file: MigrationFile, tmp_path: Path, run_ckptfs: RunCkptfs) -> None:
+    uuid = "550e8400-e29b-41d4-a716-446655440000"
+    path = written(tmp_path, replace(file, uuid=bytes.fromhex(uuid.replace("-", ""))))
+    lines = run_ckptfs("info", path).stdout.splitlines()
+    assert lines[1:3] == ["machine  pc-i440fx-10.0, paused", f"uuid     {uuid}"]
+    assert json.loads(run_ckptfs("info", "--json", path).stdout)["uuid"] == uuid
 
 
 def test_a_plain_stream(tmp_path: Path, run_ckptfs: RunCkptfs) -> None:
