@@ -60,6 +60,7 @@ def parse_options(texts: Iterable[str], *, sloppy: bool = False) -> MountOptions
         for name, value in split_options(text):
             if not _IGNORED.fullmatch(name) and not (sloppy and _setter(name) is None):
                 _apply(options, name, value)
+    _refuse_contradictions(options)
     return options
 
 
@@ -79,6 +80,15 @@ def _apply(options: MountOptions, name: str, value: str | None) -> None:
     except CommandError as error:
         item = name if value is None else f"{name}={value}"
         raise CommandError(f"mount option '{item}': {error}", error.errno) from None
+
+
+def _refuse_contradictions(options: MountOptions) -> None:
+    if options.ram and options.shared:
+        idstr, path = next(iter(options.shared.items()))
+        raise CommandError(
+            f"mount option 'shared={idstr}:{path}': it names RAM that a checkpoint leaves out, and a new "
+            "guest (ram=) has no checkpoint: give one of the two"
+        )
 
 
 def _setter(name: str) -> "_Setter | None":

@@ -180,6 +180,8 @@ def test_no_file_and_no_ram(mount_point: Path, tmp_path: Path) -> None:
         ("ram=a:1M,ram=a:1M", "given twice"),
         ("multifd_channels=0", "between 1 and 255"),
         ("umask=999", "octal"),
+        ("ram=pc.ram:1M,shared=pc.ram:/dev/shm/ram", "shared=pc.ram:/dev/shm/ram"),
+        ("shared=vga.vram:/dev/shm/ram,ram=pc.ram:1M", "shared=vga.vram:/dev/shm/ram"),
     ],
 )
 def test_wrong_options(option: str, text: str, mount_point: Path, tmp_path: Path) -> None:

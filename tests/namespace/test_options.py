@@ -127,6 +127,11 @@ def test_what_is_for_mount_is_ignored(text: str) -> None:
         ("fdset=1", "mount option 'fdset=1': it is ID:FD[:FD...]"),
         ("fdset=1:x", "mount option 'fdset=1:x': 'x' is not a number"),
         ("fd=5", "mount option 'fd=5': it is NAME:FD"),
+        (
+            "ram=pc.ram:1M,shared=pc.ram:/x",
+            "mount option 'shared=pc.ram:/x': it names RAM that a checkpoint leaves out, and a new guest (ram=) has"
+            " no checkpoint: give one of the two",
+        ),
         ("shared=pc.ram:x", "mount option 'shared=pc.ram:x': it is ID:PATH, an absolute one"),
         ("multifd-chanels=1", "mount option 'multifd-chanels=1': no such option (did you mean multifd_channels?)"),
         ("rma=pc.ram:1G", "mount option 'rma=pc.ram:1G': no such option (did you mean ram?)"),
