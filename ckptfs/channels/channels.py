@@ -62,6 +62,7 @@ class Channels:
         self._all_closed = trio.Event()
         self._urgent: deque[_Turn] = deque()
         self._background: deque[_Turn] = deque()
+        self._answered = -math.inf  # when a payload last ended, in trio's time
         self._limiter = trio.CapacityLimiter(math.inf)  # the channels themselves are the limit
         self._closed = False
 
@@ -84,12 +85,16 @@ class Channels:
 
         Raises what the payload raises, and StorageError (EIO) when the backing storage gives no answer
         before the deadline: the thread is then left to itself and its channel is out of service until it ends.
+        The deadline counts from when the thread begins; the line may take longer, as long as it moves.
         """
+        channel = await self._next_idle(urgent)
         # trio.fail_after says the same, and costs several times as much for every read
         with trio.CancelScope(deadline=trio.current_time() + self._deadline):
-            channel = await self._next_idle(urgent)
             return await self._run(payload, channel)
-        raise StorageError(f"the backing storage gave no answer in {self._deadline:g} s")
+        raise self._no_answer()
+
+    def _no_answer(self) -> StorageError:
+        return StorageError(f"the backing storage gave no answer in {self._deadline:g} s")
 
     async def _run(self, payload: Callable[[Channel], T], channel: Channel) -> T:
         trio_token = trio.lowlevel.current_trio_token()
@@ -121,18 +126,29 @@ class Channels:
         queue = self._urgent if urgent else self._background
         queue.append(turn)
         try:
-            await turn.come.wait()
-        except trio.Cancelled:
+            await self._wait_for(turn)
+        except BaseException:
             if turn.channel is not None:
                 self._release(turn.channel)
-            else:
+            elif not turn.come.is_set():
                 queue.remove(turn)
             raise
         if turn.channel is None:
             raise StorageError("the backing file was closed")
         return turn.channel
 
+    async def _wait_for(self, turn: "_Turn") -> None:
+        """Wait in the line; StorageError when nobody in it got an answer for as long as the deadline is."""
+        arrived = trio.current_time()
+        while not turn.come.is_set():
+            deadline = max(arrived, self._answered) + self._deadline
+            if deadline <= trio.current_time():
+                raise self._no_answer()
+            with trio.CancelScope(deadline=deadline):
+                await turn.come.wait()
+
     def _release(self, channel: Channel) -> None:
+        self._answered = trio.current_time()
         queue = self._urgent or self._background
         if self._closed:
             self._close(channel)

@@ -247,6 +247,20 @@ async def test_cancelled_at_the_moment_its_turn_comes(
     await assert_all_in_service(channels)
 
 
+async def test_cancelled_at_the_moment_all_is_closed(open_channels: Callable[..., Channels]) -> None:
+    channels = open_channels(1)
+    blocker, waiting = Payload(), Payload()
+    async with carrying(channels, blocker):
+        with trio.CancelScope() as scope:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(channels.carry, waiting)
+                await wait_all_tasks_blocked()
+                scope.cancel()
+                channels.close()
+    assert scope.cancelled_caught
+    assert not waiting.started.is_set()
+
+
 async def test_a_channel_whose_payload_was_abandoned_carries_nothing_else(
     open_channels: Callable[..., Channels],
 ) -> None:
@@ -300,7 +314,23 @@ async def test_storage_that_gives_no_answer_is_an_io_error(
     await assert_all_in_service(channels)
 
 
-async def test_the_deadline_counts_in_the_line_too(
+async def test_a_line_that_moves_has_no_deadline(
+    open_channels: Callable[..., Channels], mock_clock: MockClock
+) -> None:
+    channels = open_channels(1, deadline=10)
+    slow = [Payload() for _ in range(3)]
+    async with trio.open_nursery() as nursery:
+        for payload in slow:
+            nursery.start_soon(channels.carry, payload)
+            await wait_all_tasks_blocked()
+        for payload in slow:
+            await payload.wait_started()
+            mock_clock.jump(7)
+            await payload.end()
+    await assert_all_in_service(channels)
+
+
+async def test_a_line_that_does_not_move_is_an_io_error(
     open_channels: Callable[..., Channels], mock_clock: MockClock
 ) -> None:
     channels = open_channels(1, deadline=10)
