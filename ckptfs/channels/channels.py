@@ -11,7 +11,6 @@ a number that is closed too early can be handed out again and the thread would w
 import contextlib
 import math
 import os
-from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -60,8 +59,7 @@ class Channels:
         self._idle = list(channels)
         self._open_count = len(channels)
         self._all_closed = trio.Event()
-        self._urgent: deque[_Turn] = deque()
-        self._background: deque[_Turn] = deque()
+        self._line: list[_Turn] = []
         self._answered = -math.inf  # when a payload last ended, in trio's time
         self._limiter = trio.CapacityLimiter(math.inf)  # the channels themselves are the limit
         self._closed = False
@@ -87,11 +85,16 @@ class Channels:
         before the deadline: the thread is then left to itself and its channel is out of service until it ends.
         The deadline counts from when the thread begins; the line may take longer, as long as it moves.
         """
-        channel = await self._next_idle(urgent)
+        channel = await self._next_idle(payload, urgent)
         # trio.fail_after says the same, and costs several times as much for every read
         with trio.CancelScope(deadline=trio.current_time() + self._deadline):
             return await self._run(payload, channel)
         raise self._no_answer()
+
+    def hurry(self, payload: Callable[[Channel], object]) -> None:
+        """Make ``payload`` urgent, if it is still in the line: it keeps the place of its arrival."""
+        for turn in self._line:
+            turn.urgent |= turn.payload is payload
 
     def _no_answer(self) -> StorageError:
         return StorageError(f"the backing storage gave no answer in {self._deadline:g} s")
@@ -117,21 +120,20 @@ class Channels:
                 duty.pop()  # cancelled before the thread was started: if it is just starting, its pop fails
                 self._release(channel)
 
-    async def _next_idle(self, urgent: bool) -> Channel:
+    async def _next_idle(self, payload: Callable[[Channel], object], urgent: bool) -> Channel:
         if self._closed:
             raise StorageError("the backing file was closed")
         if self._idle:
             return self._idle.pop()
-        turn = _Turn()
-        queue = self._urgent if urgent else self._background
-        queue.append(turn)
+        turn = _Turn(payload, urgent)
+        self._line.append(turn)
         try:
             await self._wait_for(turn)
         except BaseException:
             if turn.channel is not None:
                 self._release(turn.channel)
             elif not turn.come.is_set():
-                queue.remove(turn)
+                self._line.remove(turn)
             raise
         if turn.channel is None:
             raise StorageError("the backing file was closed")
@@ -149,11 +151,11 @@ class Channels:
 
     def _release(self, channel: Channel) -> None:
         self._answered = trio.current_time()
-        queue = self._urgent or self._background
         if self._closed:
             self._close(channel)
-        elif queue:
-            turn = queue.popleft()
+        elif self._line:
+            turn = next((turn for turn in self._line if turn.urgent), self._line[0])
+            self._line.remove(turn)
             turn.channel = channel
             turn.come.set()
         else:
@@ -162,10 +164,9 @@ class Channels:
     def close(self) -> None:
         """Close every idle channel now and every other one when its payload ends; waiters get an error."""
         self._closed = True
-        for turn in (*self._urgent, *self._background):
+        for turn in self._line:
             turn.come.set()
-        self._urgent.clear()
-        self._background.clear()
+        self._line.clear()
         while self._idle:
             self._close(self._idle.pop())
 
@@ -183,8 +184,10 @@ class Channels:
 
 
 class _Turn:
-    """A place in the line for a channel; ``come`` is set with a channel, or without one when all is closed."""
+    """A payload in the line for a channel; ``come`` is set with a channel, or without one when all is closed."""
 
-    def __init__(self) -> None:
+    def __init__(self, payload: Callable[[Channel], object], urgent: bool) -> None:
+        self.payload = payload
+        self.urgent = urgent
         self.come = trio.Event()
         self.channel: Channel | None = None

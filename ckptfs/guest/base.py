@@ -7,6 +7,7 @@ import os
 import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from uuid import UUID
 
 import trio
@@ -67,6 +68,8 @@ class _Fetch:
 
     start: int
     stop: int
+    hurry: Callable[[], None] = lambda: None
+    """Put it before all that waits in the background."""
     ended: trio.Event = field(default_factory=trio.Event)
     data: memoryview | None = None
     bad: dict[int, str] = field(default_factory=dict)
@@ -132,9 +135,12 @@ class Base:
         """Return pages [start, stop) as the checkpoint has them; pages it has no data for are zeros.
 
         One I/O for each run of pages, all on one channel; a reader of pages that somebody is reading already
-        waits for him. Raises BadPagesError for pages that can't be read, StorageError if the base was closed.
+        waits for him, and makes his read urgent if its own would be. Raises BadPagesError for pages that can't be
+        read, StorageError if the base was closed.
         """
         while (shared := self._under_way(idstr, start, stop)) is not None:
+            if urgent:
+                shared.hurry()
             await shared.ended.wait()
             if shared.error is not None:
                 raise shared.error
@@ -143,7 +149,7 @@ class Base:
         fetch = _Fetch(start, stop)
         self._in_flight[idstr].append(fetch)
         try:
-            fetch.data, fetch.bad = await self._read(idstr, start, stop, page_size, urgent)
+            await self._read(fetch, idstr, page_size, urgent)
         except (CkptfsError, OSError) as error:
             fetch.error = error
             raise
@@ -156,15 +162,16 @@ class Base:
         """A read of all these pages that somebody waits for."""
         return next((x for x in self._in_flight[idstr] if x.start <= start and stop <= x.stop), None)
 
-    async def _read(
-        self, idstr: str, start: int, stop: int, page_size: int, urgent: bool
-    ) -> tuple[memoryview, dict[int, str]]:
+    async def _read(self, fetch: _Fetch, idstr: str, page_size: int, urgent: bool) -> None:
+        start, stop = fetch.start, fetch.stop
         block = self.blocks[idstr]
         buffer = self._buffers.take((stop - start) * page_size)
         runs = list(block.file_bmap.runs(start, stop))
         bad: dict[int, str] = {}
 
-        def read_runs(channel: Channel) -> None:
+        def read_runs(
+            channel: Channel,
+        ) -> None:  # knows nothing of `fetch`, which knows it: no cycle keeps the buffer
             position = start
             for run in runs:
                 _zero(buffer, (position - start) * page_size, (run.start - start) * page_size)
@@ -173,10 +180,11 @@ class Base:
                 position = run.stop
             _zero(buffer, (position - start) * page_size, len(buffer))
 
+        fetch.hurry = partial(block.pages.channels.hurry, read_runs)
         await block.pages.channels.carry(read_runs, urgent=urgent)
         self.read_count += len(runs)
         self.bytes_read += sum(run.stop - run.start for run in runs) * page_size
-        return buffer, bad
+        fetch.data, fetch.bad = buffer, bad
 
     async def read_into(
         self, idstr: str, runs: Sequence[Run], view: Callable[[int, int], memoryview], page_size: int

@@ -4,6 +4,7 @@ import os
 import threading
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -122,6 +123,34 @@ async def test_readers_of_the_same_pages_share_one_read(guest: Guest, reads: Gat
     ]
     assert guest.base.read_count == 1
     assert guest.base.bytes_read == 100 * PAGE
+
+
+async def test_a_read_in_the_background_is_urgent_once_a_reader_waits_for_it(
+    guest: Guest, reads: GatedReads
+) -> None:
+    base = guest.base
+    assert base is not None
+    pages_offset = base.checkpoint.blocks[0].pages_offset
+    assert pages_offset is not None
+    offsets = {page: pages_offset + page * PAGE for page in (1, 2, 50, 200, 590)}
+    reads.shut()
+    async with trio.open_nursery() as stuck:
+        for page in (1, 2):  # both channels
+            in_background(stuck, guest, page * PAGE, PAGE)
+            await reads.wait_for_reader()
+        async with trio.open_nursery() as nursery:
+            for start, stop in ((590, 600), (200, 300)):  # as a save reads
+                nursery.start_soon(partial(base.fetch, "pc.ram", start, stop, PAGE, urgent=False))
+                await wait_all_tasks_blocked()
+            in_background(nursery, guest, 50 * PAGE, PAGE)
+            await wait_all_tasks_blocked()
+            joined = in_background(nursery, guest, 250 * PAGE, PAGE)
+            await wait_all_tasks_blocked()
+            reads.offsets.clear()
+            reads.let_pass(*(offset for page, offset in offsets.items() if page != 2))
+        assert reads.offsets == [offsets[page] for page in (200, 50, 590)]
+        assert joined["data"] == PAGES[250]
+        reads.open()
 
 
 async def test_a_run_of_pages_is_one_read_and_holes_are_none(guest: Guest, reads: GatedReads) -> None:
