@@ -187,8 +187,18 @@ class PathTarget:
         self._check_replaceable()
         with self._identity.assumed():
             os.rename(self._temporary, self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
-        os.fsync(self._directory)
+        self._sync_name()
         self._close()
+
+    def _sync_name(self) -> None:
+        try:
+            os.fsync(self._directory)
+        except OSError as error:
+            raise StorageError(
+                f"{self.path}: the new checkpoint has this name already, but its directory could not be synced "
+                f"({error.strerror}), and a power cut may undo that: save again",
+                error.errno,
+            ) from error
 
     def discard(self) -> None:
         """Remove what was written; the final name keeps what it had."""

@@ -9,7 +9,7 @@ import pytest
 
 from ckptfs.channels.identity import Identity
 from ckptfs.channels.target import PathTarget
-from ckptfs.errors import CkptfsError, CommandError
+from ckptfs.errors import CkptfsError, CommandError, StorageError
 from tests.doubles.storage import FailingCall, open_descriptors
 
 NO_DEVICE = -1
@@ -137,6 +137,23 @@ def test_a_failed_sync_is_final(directory: Path, call: str) -> None:
     target.discard()
     assert names(directory) == ["vm1"]
     assert path.read_bytes() == FORMER
+
+
+def test_a_name_that_may_be_lost_is_an_error_that_says_so(directory: Path) -> None:
+    path = directory / "vm1"
+    path.write_bytes(FORMER)
+    target = target_for(path)
+    os.pwrite(target.file.fd, NEWER, 0)
+    with FailingCall(("fsync",), 1, errno.EIO).installed(), pytest.raises(StorageError) as caught:
+        target.publish()
+    target.discard()
+    assert str(caught.value) == (
+        f"{path}: the new checkpoint has this name already, but its directory could not be synced"
+        f" ({os.strerror(errno.EIO)} (injected)), and a power cut may undo that: save again"
+    )
+    assert caught.value.errno == errno.EIO
+    assert names(directory) == ["vm1"]
+    assert path.read_bytes() == NEWER
 
 
 def test_only_the_owner_can_read_it_whatever_the_umask(directory: Path) -> None:
