@@ -121,7 +121,8 @@ def parse_uri(uri: str) -> MigrateAddress:
             return ExecAddress(("/bin/sh", "-c", rest))
         case "rdma":
             return RdmaAddress(rest)
-    raise CommandError(f"unknown migration protocol: {uri}")
+    hint = f" (did you mean file:{uri}?)" if uri.startswith(("/", "./", "../")) else ""
+    raise CommandError(f"unknown migration protocol: {uri}{hint}")
 
 
 def parse_target(text: str) -> MigrateAddress:

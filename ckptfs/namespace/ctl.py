@@ -277,9 +277,7 @@ def _save_target(word: str) -> SeekableAddress:
 
 
 def _parse_migrate(rest: str) -> Command:
-    if rest.startswith("{"):
-        return Save(seekable_file(parse_migrate_json(rest)))
-    words = _words(rest)
+    words = _words_or_json(rest)
     options = [word for word in words if word.startswith("-")]
     uris = [word for word in words if not word.startswith("-")]
     if "-r" in options:
@@ -287,15 +285,30 @@ def _parse_migrate(rest: str) -> Command:
     for option in options:
         if option != "-d":
             raise CommandError(f"migrate: unsupported option {option}")
-    if len(uris) != 1:
+    if not uris:
         raise _UsageError
-    return Save(seekable_file(parse_uri(uris[0])), nowait=bool(options))
+    if len(uris) > 1:
+        raise CommandError("migrate takes one URI: quote a path with spaces, as in a shell")
+    return Save(_address(uris[0]), nowait=bool(options))
 
 
 def _parse_migrate_incoming(rest: str) -> Command:
-    if rest.startswith("{"):
-        return MigrateIncoming(seekable_file(parse_migrate_json(rest)))
-    return MigrateIncoming(seekable_file(parse_uri(_one(rest))))
+    match _words_or_json(rest):
+        case [uri]:
+            return MigrateIncoming(_address(uri))
+    raise _UsageError
+
+
+def _words_or_json(rest: str) -> list[str]:
+    """Words, of which the last may be JSON as it stands: its own quotes are not a shell's."""
+    options, brace, json = rest.partition("{")
+    if brace and all(word.startswith("-") for word in options.split()):
+        return [*options.split(), brace + json]
+    return _words(rest)
+
+
+def _address(word: str) -> SeekableAddress:
+    return seekable_file(parse_migrate_json(word) if word.startswith("{") else parse_uri(word))
 
 
 def _parse_migrate_continue(rest: str) -> Command:

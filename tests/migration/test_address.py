@@ -65,7 +65,6 @@ def test_a_uri(uri: str, address: MigrateAddress) -> None:
         ("file:/p,offset=-1", "file URI has bad offset -1: Numerical result out of range"),
         ("nosuch:x", "unknown migration protocol: nosuch:x"),
         ("FILE:/p", "unknown migration protocol: FILE:/p"),
-        ("/p", "unknown migration protocol: /p"),
         ("", "unknown migration protocol: "),
         ("fd:", "invalid file descriptor address"),
         ("file:/dev/fdset/x", "Could not parse fdset /dev/fdset/x"),
@@ -81,6 +80,12 @@ def test_a_uri_is_refused_as_stock_qemu_does(stock_monitor: StockMonitor, uri: s
         parse_uri(uri)
     assert str(caught.value) == text
     assert stock_monitor.qmp_error("migrate", uri=uri) == text
+
+
+def test_a_path_that_is_no_uri_is_refused_as_stock_qemu_does_with_a_hint(stock_monitor: StockMonitor) -> None:
+    with pytest.raises(CommandError) as caught:
+        parse_uri("/p")
+    assert str(caught.value) == f"{stock_monitor.qmp_error('migrate', uri='/p')} (did you mean file:/p?)"
 
 
 @pytest.mark.parametrize("uri", ["file:", "file:/p,offset=8E", "file:/a\0b", "file:/\ud800"])
