@@ -82,7 +82,7 @@ class MigrationCapabilities:
         """
         capability = find_capability(name)
         if running:
-            raise StateError("There's a migration process in progress")
+            raise StateError(f"There's a migration process in progress: {name} can be switched after it")
         changed = replace(self, **{capability.field_name: state})
         changed._check()
         if state and capability.unsupported:

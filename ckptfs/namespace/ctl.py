@@ -173,6 +173,8 @@ def parse_command(text: bytes) -> Command:
     line = _line(text)
     name, _, rest = line.partition(" ")
     grammar = COMMANDS.get(name)
+    if name in _ONLY_QEMUS:
+        raise CommandError(f"{name!r} is a command of QEMU's monitor, not of ctl: {_ONLY_QEMUS[name]}")
     if grammar is None:
         raise CommandError(f"unknown command {name!r}{_likely(name, COMMANDS)}: 'help' lists all")
     try:
@@ -216,7 +218,7 @@ def _line(text: bytes) -> str:
     if not line:
         raise CommandError("an empty command: 'help' lists all")
     if "\n" in line:
-        raise CommandError("one command a write: this one has several lines")
+        raise CommandError("one command a write: this one has several lines, write them one by one")
     return line.replace("\t", " ")
 
 
@@ -228,7 +230,7 @@ def _words(rest: str) -> list[str]:
 
 
 def _likely(word: str, words: object) -> str:
-    likely = get_close_matches(word, list(words), 1)  # type: ignore[call-overload]
+    likely = get_close_matches(word.lower(), list(words), 1)  # type: ignore[call-overload]
     return f" (did you mean {likely[0]!r}?)" if likely else ""
 
 
@@ -344,8 +346,10 @@ def _parse_set_parameter(rest: str) -> Command:
 
 def _parse_info(rest: str) -> Command:
     topics = {topic.value: topic for topic in InfoTopic}
+    if not rest:
+        raise _UsageError
     if rest not in topics:
-        raise CommandError(f"info knows {', '.join(topics)}{_likely(rest, topics)}")
+        raise CommandError(f"info does not know {rest!r}{_likely(rest, topics)}: it knows {', '.join(topics)}")
     return Info(topics[rest])
 
 
@@ -477,6 +481,18 @@ GRAMMAR = (
 
 COMMANDS = {name: grammar for grammar in GRAMMAR for name in grammar.names}
 """The table by command name."""
+
+_ALWAYS_LAZY = "pages are always restored as they are read"
+
+_ONLY_QEMUS = {
+    "migrate_start_postcopy": _ALWAYS_LAZY,
+    "migrate_pause": _ALWAYS_LAZY,
+    "migrate_recover": _ALWAYS_LAZY,
+    "savevm": "save writes a checkpoint",
+    "loadvm": "reset goes back to the checkpoint",
+    "quit": "umount ends the mount",
+}
+"""What else a user of QEMU's monitor might try, and what to know or to do instead."""
 
 _MARKDOWN_HEAD = """\
 # ctl

@@ -96,7 +96,7 @@ def test_many_channels_into_a_file_need_mapped_ram() -> None:
 
 
 def test_none_can_change_while_a_migration_runs() -> None:
-    with pytest.raises(StateError, match="There's a migration process in progress"):
+    with pytest.raises(StateError, match="There's a migration process in progress: events can be switched after"):
         MigrationCapabilities().set("events", True, running=True)
 
 

@@ -127,12 +127,19 @@ migrate file:migfile
     [
         (b"", "an empty command: 'help' lists all"),
         (b" \n", "an empty command: 'help' lists all"),
-        (b"save\nsave\n", "one command a write: this one has several lines"),
+        (b"save\nsave\n", "one command a write: this one has several lines, write them one by one"),
         (b"save\0", "a command holds no NUL byte"),
         (b"save /\xff", "a command is UTF-8 text: byte 6 is not"),
         (b"save " + b"/" * 4092, "a command is at most 4096 bytes, not 4097"),
         (b"sav", "unknown command 'sav' (did you mean 'save'?): 'help' lists all"),
-        (b"SAVE", "unknown command 'SAVE': 'help' lists all"),
+        (b"SAVE", "unknown command 'SAVE' (did you mean 'save'?): 'help' lists all"),
+        (b"quit", "'quit' is a command of QEMU's monitor, not of ctl: umount ends the mount"),
+        (b"savevm x", "'savevm' is a command of QEMU's monitor, not of ctl: save writes a checkpoint"),
+        (
+            b"migrate_pause",
+            "'migrate_pause' is a command of QEMU's monitor, not of ctl: pages are always restored as they are"
+            " read",
+        ),
         (b"xyzzy 1", "unknown command 'xyzzy': 'help' lists all"),
         (b"save nowiat", "save does not know 'nowiat' (did you mean 'nowait'?)"),
         (b"save disks", "save does not know 'disks': a file of that name is './disks'"),
@@ -177,10 +184,12 @@ migrate file:migfile
             "Parameter 'multifd_channels' expects a value between 1 and 255",
         ),
         (b"migrate_set_parameter max-bandwidth 1x", "Invalid size 1x"),
-        (b"info", "info knows migrate, migrate_parameters, migrate_capabilities"),
+        (b"info", "usage: info migrate|migrate_parameters|migrate_capabilities"),
+        (b"info status", "info does not know 'status': it knows migrate, migrate_parameters, migrate_capabilities"),
         (
             b"info migrate_parameter",
-            "info knows migrate, migrate_parameters, migrate_capabilities (did you mean 'migrate_parameters'?)",
+            "info does not know 'migrate_parameter' (did you mean 'migrate_parameters'?): it knows migrate,"
+            " migrate_parameters, migrate_capabilities",
         ),
         (b"qmp", "usage: qmp SOCKET|none"),
         (b"loglevel verbose", "usage: loglevel debug|info|warning|error"),
