@@ -25,6 +25,8 @@ DEADLINE = 30.0
 _LAST_CHANCE = 1.0
 """Seconds for each further answer once QEMU has missed a deadline: it answers in order."""
 
+_START_OR_LET_GO = ": start QEMU with it as its -qmp, or let go of it with `qmp none`"
+
 # what the library would log comes as an exception as well
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
 
@@ -74,7 +76,8 @@ async def connected(path: str, identity: Identity, deadline: float = DEADLINE) -
     try:
         connection = await trio.to_thread.run_sync(_connect, path, identity)
     except OSError as error:
-        raise QemuError(f"QMP socket {path}: {error.strerror}", error.errno) from error
+        remedy = _START_OR_LET_GO if error.errno in (errno.ENOENT, errno.ECONNREFUSED) else ""
+        raise QemuError(f"QMP socket {path}: {error.strerror}{remedy}", error.errno) from error
     async with _loop_in_thread() as loop:
         client = QMPClient("ckptfs")
         try:
