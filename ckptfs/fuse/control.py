@@ -146,8 +146,14 @@ class Control:
         guest = self._guest
         idstrs = list(guest.blocks) if command.name is None else [decode_name(os.fsencode(command.name))]
         for idstr in idstrs:
-            if idstr not in guest.blocks:
+            block = guest.blocks.get(idstr)
+            if block is None:
                 raise CommandError(f"there is no ram/{command.name}", errno.ENOENT)
+            if command.start > block.used_length:
+                size = block.used_length
+                raise CommandError(
+                    f"START {command.start} is behind the end of ram/{command.name}: it has {size} bytes"
+                )
         length = await self._mount.page_cache.warm(
             idstrs, command.start, command.length, guest.parameters.multifd_channels
         )

@@ -86,6 +86,7 @@ REFUSED = [
     ("migrate_set_parameter multifd-channels 0", errno.EINVAL),
     ("info nothing", errno.EINVAL),
     ("prefetch nosuch", errno.ENOENT),
+    ("prefetch pc.ram 17M 1M", errno.EINVAL),
     ("migrate_incoming file:/tmp/x", errno.EEXIST),
     ("qmp", errno.EINVAL),
     ("loglevel loud", errno.EINVAL),
