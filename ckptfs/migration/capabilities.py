@@ -170,7 +170,8 @@ def find_capability(name: str) -> Capability:
     """The capability of that name; raises CommandError, as QEMU does, and names the likely one."""
     if name not in CAPABILITIES:
         likely = get_close_matches(name, CAPABILITIES, 1)
-        raise CommandError(f"invalid parameter value: {name}" + (f" (did you mean {likely[0]}?)" if likely else ""))
+        hint = f"did you mean {likely[0]}?" if likely else "'info migrate_capabilities' lists all"
+        raise CommandError(f"invalid parameter value: {name} ({hint})")
     return CAPABILITIES[name]
 
 

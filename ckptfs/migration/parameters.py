@@ -394,5 +394,6 @@ def find_parameter(name: str) -> Parameter:
     """The parameter of that name; raises CommandError, as QEMU does, and names the likely one."""
     if name not in PARAMETERS:
         likely = get_close_matches(name, PARAMETERS, 1)
-        raise CommandError(f"invalid parameter value: {name}" + (f" (did you mean {likely[0]}?)" if likely else ""))
+        hint = f"did you mean {likely[0]}?" if likely else "'info migrate_parameters' lists all"
+        raise CommandError(f"invalid parameter value: {name} ({hint})")
     return PARAMETERS[name]

@@ -100,6 +100,13 @@ def test_none_can_change_while_a_migration_runs() -> None:
         MigrationCapabilities().set("events", True, running=True)
 
 
+def test_a_name_that_is_like_none_is_refused_with_where_all_are_listed() -> None:
+    with pytest.raises(
+        CommandError, match=r"^invalid parameter value: x \('info migrate_capabilities' lists all\)$"
+    ):
+        find_capability("x")
+
+
 def test_an_unknown_name_is_refused_and_the_likely_one_named(stock_monitor: StockMonitor) -> None:
     with pytest.raises(CommandError) as caught:
         find_capability("mapped_ram")

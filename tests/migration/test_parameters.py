@@ -133,6 +133,11 @@ def test_a_bandwidth_counts_bytes_everywhere_but_on_the_monitor() -> None:
     assert find_parameter("max-bandwidth").parse("100") == 100
 
 
+def test_a_name_that_is_like_none_is_refused_with_where_all_are_listed() -> None:
+    with pytest.raises(CommandError, match=r"^invalid parameter value: x \('info migrate_parameters' lists all\)$"):
+        find_parameter("x")
+
+
 def test_an_unknown_name_is_refused_and_the_likely_one_named(stock_monitor: StockMonitor) -> None:
     with pytest.raises(CommandError) as caught:
         find_parameter("multifd_channels")
