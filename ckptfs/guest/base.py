@@ -169,9 +169,8 @@ class Base:
         runs = list(block.file_bmap.runs(start, stop))
         bad: dict[int, str] = {}
 
-        def read_runs(
-            channel: Channel,
-        ) -> None:  # knows nothing of `fetch`, which knows it: no cycle keeps the buffer
+        # knows nothing of `fetch`, which knows it: no cycle keeps the buffer
+        def read_runs(channel: Channel) -> None:
             position = start
             for run in runs:
                 _zero(buffer, (position - start) * page_size, (run.start - start) * page_size)
