@@ -22,6 +22,7 @@ import pytest
 
 from tests.mount.conftest import Mount
 from tests.mount.decode import decode
+from tests.mount.disk import Disk
 from tests.mount.harness import BIN, DEADLINE, Mounted, is_mounted, run_mount
 
 MiB = 1 << 20
@@ -144,18 +145,9 @@ def _assert_dead(directory: Path, spec: Path) -> None:
 @pytest.fixture(params=["ext4", "xfs", "tmpfs"])
 def small_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     """A file system of its own, of 40 MB and more."""
-    directory = tmp_path / "disk"
-    directory.mkdir()
-    image = tmp_path / "image"
-    if request.param == "tmpfs":
-        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60M", "none", directory], check=True)
-    else:
-        with image.open("wb") as file:
-            file.truncate({"ext4": 60 * MiB, "xfs": 320 * MiB}[request.param])
-        subprocess.run([f"mkfs.{request.param}", "-q", image], check=True)
-        subprocess.run(["mount", "-o", "loop", image, directory], check=True)
-    yield directory
-    subprocess.run(["umount", directory], check=True)
+    disk = Disk(request.param, tmp_path / "image", tmp_path / "disk")
+    yield disk.path
+    disk.close()
 
 
 def test_a_full_disk(small_disk: Path, mount: Mount) -> None:
@@ -168,18 +160,19 @@ def test_a_full_disk(small_disk: Path, mount: Mount) -> None:
     former = digest(path)
     ram = fill(mounted, 2)
     filler = small_disk / "filler"
-    free = os.statvfs(small_disk)
-    with filler.open("wb") as file:
-        os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize - 5 * MiB)
-    with pytest.raises(OSError, match="No space left on device") as caught:
-        mounted.ctl("save")
-    assert caught.value.errno == errno.ENOSPC
-    assert str(path) in caught.value.strerror
-    assert names(storage) == ["checkpoint"]
-    assert digest(path) == former
-    assert mounted.status()["migration"]["status"] == "failed"
-    assert (mounted.ram / "pc.ram").read_bytes() == ram
-    filler.unlink()
+    for left in (MiB // 4, MiB, 5 * MiB):
+        free = os.statvfs(small_disk)
+        with filler.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, free.f_bavail * free.f_frsize - left)
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            mounted.ctl("save")
+        assert caught.value.errno == errno.ENOSPC
+        assert str(path) in caught.value.strerror
+        assert names(storage) == ["checkpoint"]
+        assert digest(path) == former
+        assert mounted.status()["migration"]["status"] == "failed"
+        assert (mounted.ram / "pc.ram").read_bytes() == ram
+        filler.unlink()
     mounted.ctl("save")
     assert ram_in(path) == ram
     mounted.umount()
