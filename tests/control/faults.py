@@ -42,6 +42,14 @@ def delayed(pid: int, log: Path, call: str, seconds: float = 0.5) -> Iterator[No
 
 
 @contextmanager
+def killing(pid: int, log: Path, call: str) -> Iterator[None]:
+    """Within this, process ``pid`` is killed before its first ``call``."""
+    with _attached(pid, log, call, "signal=SIGKILL:when=1") as strace:
+        yield
+        strace.wait(DEADLINE)  # told to end while it sees a process die, it may wait for ever
+
+
+@contextmanager
 def traced(pid: int, log: Path, call: str) -> Iterator[Callable[[], list[str]]]:
     """Within this, every ``call`` in process ``pid`` is noted; afterwards, in their order, they are returned."""
     with _attached(pid, log, call, "delay_exit=0"):
@@ -49,7 +57,7 @@ def traced(pid: int, log: Path, call: str) -> Iterator[Callable[[], list[str]]]:
 
 
 @contextmanager
-def _attached(pid: int, log: Path, call: str, what: str) -> Iterator[None]:
+def _attached(pid: int, log: Path, call: str, what: str) -> Iterator[subprocess.Popen[str]]:
     """Have strace do ``what`` to every ``call``."""
     injection = f"inject={call}:{what}"
     process = subprocess.Popen(
@@ -62,7 +70,7 @@ def _attached(pid: int, log: Path, call: str, what: str) -> Iterator[None]:
         try:
             line = process.stderr.readline()
             assert _ATTACHED.match(line), line
-            yield
+            yield process
         finally:
             process.terminate()
             process.communicate()
