@@ -93,8 +93,10 @@ def _serve(
 ) -> int:
     """Open the guest and serve it until umount."""
     try:
-        harden()
+        is_io_flusher = harden()
         _start_logging(options)
+        if not is_io_flusher:
+            log.info("no I/O flusher without CAP_SYS_RESOURCE: no memory cgroup should hold this daemon and a VM")
         guest = open_guest(spec, options)
     except (CkptfsError, OSError) as error:
         starter.failed(EXIT_MOUNT, describe(error))

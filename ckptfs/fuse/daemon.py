@@ -59,15 +59,17 @@ def run_in_background(serve: Callable[[Starter], int]) -> int:
     os._exit(serve(Starter(pipe)))
 
 
-def harden() -> None:
+def harden() -> bool:
     """No core file may hold RAM, our files are for their owner alone, and reclaim must not wait for ourselves.
 
     A VM that dirties its RAM through the mount and a daemon short of memory would wait for one another: an "I/O
-    flusher" is not sent to write back pages (prctl(2), PR_SET_IO_FLUSHER; only root may be one).
+    flusher" does not wait for pages that are being written back (prctl(2), PR_SET_IO_FLUSHER). Returns whether it
+    is one: that takes CAP_SYS_RESOURCE.
     """
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.umask(0o077)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    ctypes.CDLL(None).prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0)
+    refused: int = ctypes.CDLL(None).prctl(_PR_SET_IO_FLUSHER, 1, 0, 0, 0)
+    return refused == 0
