@@ -80,7 +80,8 @@ class Layer:
 
 async def close_layers(layers: Sequence[Layer]) -> None:
     """Give much memory back: a gigabyte takes the kernel a tenth of a second, so that is a worker thread's work."""
-    await trio.to_thread.run_sync(_close, layers)
+    with trio.CancelScope(shield=True):
+        await trio.to_thread.run_sync(_close, layers)
 
 
 def _close(layers: Sequence[Layer]) -> None:

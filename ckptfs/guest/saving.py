@@ -292,4 +292,4 @@ async def _keep_in_memory(guest: Guest, epoch: Epoch) -> None:
 async def _give_up_epoch(guest: Guest, carried: list[Layer]) -> None:
     with trio.CancelScope(shield=True):
         await guest.thaw()
-        await close_layers(carried)
+    await close_layers(carried)

@@ -15,6 +15,7 @@ from trio.testing import wait_all_tasks_blocked
 from ckptfs.errors import StateError, StorageError
 from ckptfs.guest.base import BadPagesError
 from ckptfs.guest.guest import Guest
+from ckptfs.guest.layer import Layer
 from ckptfs.guest.saving import save
 from tests.doubles.checkpoints import fill, open_base, ram_in, ram_of, save_request
 from tests.doubles.held_save import held_save
@@ -447,6 +448,39 @@ async def test_a_restored_guest_needs_no_file(guest: Guest, golden: Path) -> Non
     expected = bytearray(GOLDEN)
     expected[150 * PAGE + 1 : 150 * PAGE + 12] = b"into a hole"
     assert (await ram_of(guest))["pc.ram"] == expected
+
+
+# --- what is not needed any more --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def closers(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the threads that closed layers with pages in them."""
+    closers = []
+    close = Layer.close
+
+    def noted(layer: Layer) -> None:
+        if layer.present.any(0, layer.present.page_count):
+            closers.append(threading.current_thread().name)
+        close(layer)
+
+    monkeypatch.setattr(Layer, "close", noted)
+    return closers
+
+
+@pytest.mark.parametrize("restored", [False, True])
+async def test_memory_is_given_back_in_worker_threads(
+    restored: bool, guest: Guest, tmp_path: Path, closers: list[str]
+) -> None:
+    # Gigabytes take a second, and nobody could read a page meanwhile.
+    if restored:
+        await guest.restore()
+    for give_back in (partial(guest.save, save_request(tmp_path / "checkpoint")), guest.reset):
+        await guest.write(guest.blocks["pc.ram"], 0, bytes(300 * PAGE))
+        closers.clear()
+        await give_back()
+        assert closers or restored, give_back
+        assert threading.main_thread().name not in closers, give_back
 
 
 # --- one migration at a time ------------------------------------------------------------------------------
