@@ -4,9 +4,15 @@ A test that begins by writing all of the file can't see a page that was restored
 golden checkpoint with pages of data, zeros and stale bytes, and goes every way into a block that a program has.
 """
 
+import hashlib
 import mmap
 import os
+import subprocess
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +21,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from tests.doubles.migration_file import Block, MigrationFile
+from tests.mount.conftest import Mount
 from tests.mount.decode import PAGE, decode
-from tests.mount.harness import Mounted
+from tests.mount.harness import DEADLINE, Mounted
 
 PAGE_COUNT = 600  # more than two of the windows in which pages are carried
 LENGTH = PAGE_COUNT * PAGE
@@ -230,3 +237,77 @@ def test_ram_is_what_the_model_has() -> None:
             suppress_health_check=list(HealthCheck),
         ),
     )
+
+
+# ---- several programs at once ----------------------------------------------------------------------
+
+# Goes every way into bytes [start, stop) of RAM, which are its own, and looks each time whether they are what it
+# has read or written before; until its stdin is closed. Its last word is what they are then.
+PROGRAM = """
+import hashlib, mmap, os, random, select, sys
+
+path, start, stop = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+random.seed(start)
+fd = os.open(path, os.O_RDWR)
+shared = mmap.mmap(fd, 0)
+model = bytearray(sys.stdin.buffer.read(stop - start))
+steps = 0
+while not select.select([0], [], [], 0)[0]:
+    first = random.randrange(start, stop)
+    last = min(stop, first + random.choice([1, 4096, 70000, 300000]))
+    mine = slice(first - start, last - start)
+    way = random.randrange(6)
+    if way == 0:
+        assert os.pread(fd, last - first, first) == model[mine], (steps, first, last)
+    elif way == 1:
+        assert shared[first:last] == model[mine], (steps, first, last)
+    elif way == 2:
+        model[mine] = random.randbytes(last - first)
+        assert os.pwrite(fd, model[mine], first) == last - first
+    elif way == 3:
+        model[mine] = random.randbytes(last - first)
+        shared[first:last] = bytes(model[mine])
+    elif way == 4:
+        os.fsync(fd)
+    else:
+        os.posix_fadvise(fd, first, last - first, os.POSIX_FADV_DONTNEED)
+    steps += 1
+assert os.pread(fd, stop - start, start) == model
+print(steps, hashlib.sha256(model).hexdigest())
+"""
+
+
+@contextmanager
+def program(ram: Path, start: int, stop: int) -> Iterator[subprocess.Popen[bytes]]:
+    """`PROGRAM` on a part of golden RAM."""
+    command = [sys.executable, "-c", PROGRAM, ram, str(start), str(stop)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as process:
+        try:
+            assert process.stdin is not None
+            process.stdin.write(golden()[start:stop])
+            yield process
+        finally:
+            process.kill()
+
+
+def golden() -> bytes:
+    return b"".join(GOLDEN.get(page, bytes(PAGE)) for page in range(PAGE_COUNT))
+
+
+def test_ram_is_what_programs_have_while_it_is_saved_and_restored(mount: Mount, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    MigrationFile(blocks=[Block("pc.ram", PAGE_COUNT, GOLDEN, STALE)]).write(path)
+    mounted = mount(path)
+    borders = [0, LENGTH // 3 + 1000, LENGTH // 2 + 3, LENGTH]  # amid pages: two programs share one
+    with ExitStack() as stack:
+        programs = [
+            stack.enter_context(program(mounted.ram / "pc.ram", start, stop)) for start, stop in pairwise(borders)
+        ]
+        for command in ("save", f"save {tmp_path / 'other'}", "prefetch", "save", "restore", "save", "save"):
+            mounted.ctl(command)
+        ends = [process.communicate(timeout=DEADLINE)[0].split() for process in programs]
+    assert all(int(steps) > 0 for steps, _ in ends)
+    mounted.ctl("save")
+    saved = decode(path).blocks["pc.ram"].tobytes()
+    parts = [saved[start:stop] for start, stop in pairwise(borders)]
+    assert [hashlib.sha256(part).hexdigest().encode() for part in parts] == [digest for _, digest in ends]
