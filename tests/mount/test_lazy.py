@@ -62,12 +62,11 @@ def test_64_kib_of_a_gib_cost_no_more_than_a_few_mib(mount: Mount, tmp_path: Pat
         os.fsync(file.fileno())
     mounted = mount(path)
     assert mounted.status()["direct-io"].startswith("on")
-    before = io(mounted)
     with (mounted.ram / "pc.ram").open("rb", buffering=0) as file:
         assert os.pread(file.fileno(), len(content), place) == content
-    after = io(mounted)
-    assert len(content) <= after["rchar"] - before["rchar"] <= 4 * MiB
-    assert after["read_bytes"] - before["read_bytes"] <= 4 * MiB
+    read = io(mounted)  # since the daemon began: mounting counts, too
+    assert len(content) <= read["rchar"] <= 4 * MiB
+    assert read["read_bytes"] <= 4 * MiB
     status = mounted.status()
     assert len(content) // PAGE <= status["read-pages"] <= 4 * MiB // PAGE
     assert status["time-to-first-byte"] is not None
