@@ -1,5 +1,6 @@
 """Live checkpoints that fail, at one step or another: the guest goes on, the former checkpoint is what it was."""
 
+import contextlib
 import errno
 import os
 import signal
@@ -14,7 +15,7 @@ import trio
 from tests.doubles.qmp_server import FakeQemu, HangUpError, QmpServer, hang_up, refuse, relayed, served
 from tests.live.machines import SMALL, LiveCheckpoints, goes_on, was_stopped
 from tests.mount.conftest import Mount
-from tests.mount.harness import Mounted
+from tests.mount.harness import Mounted, unmount_by_force
 from tests.qemu.guest import Guest
 from tests.qemu.machine import Qemu
 
@@ -200,6 +201,24 @@ async def test_qemu_is_gone(checkpoints: LiveCheckpoints, mount: Mount, tmp_path
     await guest.fails(f"QMP socket {guest.vm.qmp_path}: No such file or directory", errno.ENOENT)
     assert guest.mounted.status()["qmp"] == f"lost {guest.vm.qmp_path}"
     await assert_starts_again(guest, guest_files(checkpoints))
+
+
+# ---- the daemon dies ----------------------------------------------------------------------------------------
+
+
+async def test_the_daemon_is_killed_below_a_guest(
+    checkpoints: LiveCheckpoints, mount: Mount, tmp_path: Path
+) -> None:
+    async with running(checkpoints, mount, tmp_path) as guest:
+        guest.mounted.kill()
+        with contextlib.suppress(EOFError):  # SIGBUS, at the first page that the kernel has not
+            for _ in range(2):
+                await guest.vm.tick()
+    assert "BAD" not in guest.vm.serial
+    unmount_by_force(guest.mounted.path)
+    mounted = mount(guest.former, path=guest.mounted.path)
+    async with SMALL.on(mounted.ram, guest_files(checkpoints), incoming=f"file:{mounted.path}/vmstate") as vm:
+        await goes_on(vm)
 
 
 # ---- whatever else is at the socket -------------------------------------------------------------------------
