@@ -475,7 +475,7 @@ async def test_memory_is_given_back_in_worker_threads(
     # Gigabytes take a second, and nobody could read a page meanwhile.
     if restored:
         await guest.restore()
-    for give_back in (partial(guest.save, save_request(tmp_path / "checkpoint")), guest.reset):
+    for give_back in (partial(save, guest, save_request(tmp_path / "checkpoint")), guest.reset):
         await guest.write(guest.blocks["pc.ram"], 0, bytes(300 * PAGE))
         closers.clear()
         await give_back()

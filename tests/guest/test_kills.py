@@ -15,6 +15,7 @@ import pytest
 import trio
 
 from ckptfs.guest.guest import Guest
+from ckptfs.guest.saving import save
 from tests.doubles.checkpoints import open_base, ram_in, save_request
 from tests.doubles.migration_file import Block, MigrationFile
 
@@ -44,15 +45,15 @@ def killed_save(path: Path, number: int) -> None:
 
         return counted
 
-    async def save() -> None:
+    async def save_until_killed() -> None:
         guest = Guest.incoming(open_base(path))
         guest.capabilities = guest.capabilities.set("multifd", True)
         await guest.write(guest.blocks["pc.ram"], 0, bytes([number]) * PAGE)
         for name in CALLS:
             setattr(os, name, counting(getattr(os, name)))
-        await guest.save(save_request(path))
+        await save(guest, save_request(path))
 
-    trio.run(save)
+    trio.run(save_until_killed)
 
 
 def test_a_save_that_is_killed_before_each_of_its_calls(directory: Path) -> None:
@@ -60,7 +61,7 @@ def test_a_save_that_is_killed_before_each_of_its_calls(directory: Path) -> None
     pages = {page: bytes([page % 251 + 1]) * PAGE for page in range(100, PAGE_COUNT, 100)}
     MigrationFile(blocks=[Block("pc.ram", PAGE_COUNT, pages)]).write(path)
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["pytest", "ckptfs.guest.guest"])
+    processes.set_forkserver_preload(["pytest", "ckptfs.guest.saving"])
     changed = 0
     for number in count(1):
         former = path.read_bytes()

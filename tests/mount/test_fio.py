@@ -19,7 +19,7 @@ WAYS = [
 def test_what_fio_verifies(way: list[str], fresh: Mounted) -> None:
     path = fresh.ram / "pc.ram"
     workload = [f"--size={LENGTH}", "--rw=randwrite", "--bsrange=4k-256k", "--fallocate=none", "--randseed=1"]
-    verify = ["--verify=crc32c", "--verify_fatal=1", "--output-format=json"]
+    verify = ["--verify=crc32c", "--verify_fatal=1", "--verify_state_save=0", "--output-format=json"]
     result = subprocess.run(
         ["fio", "--name=verify", f"--filename={path}", *workload, *verify, *way],
         capture_output=True,
