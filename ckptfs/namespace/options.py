@@ -83,6 +83,8 @@ def _apply(options: MountOptions, name: str, value: str | None) -> None:
 
 
 def _refuse_contradictions(options: MountOptions) -> None:
+    if options.ram and options.read_only:
+        raise CommandError("mount option 'ro': a new guest (ram=) could be neither written nor saved: leave out ro")
     if options.ram and options.shared:
         idstr, path = next(iter(options.shared.items()))
         raise CommandError(
