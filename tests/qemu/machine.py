@@ -238,7 +238,11 @@ class Qemu:
         """
         await self._set_migration(mapped_ram, multifd, direct_io)
         await self.qmp("migrate", uri=_file_uri(path, offset))
-        return await self._migrated()
+        result = await self._migrated()
+        with trio.fail_after(DEADLINE):
+            while await self.run_state() == "finish-migrate":  # a moment after it has completed
+                await trio.lowlevel.checkpoint()
+        return result
 
     async def load(
         self,
