@@ -162,9 +162,7 @@ class Control:
     async def _reset(self, command: ctl.Reset, identity: Identity) -> str:
         if self._mount.operations.ram_is_written():
             raise StateError("a program holds a file in ram/ open for writing: end it first")
-        answer = await self._guest.reset()
-        await self._mount.page_cache.forget(self._guest.blocks)
-        return f"ok {answer}"
+        return f"ok {await self._guest.reset()}"
 
     async def _set_capability(self, command: ctl.SetCapability, identity: Identity) -> str:
         self._change_capability(command.name, command.state)

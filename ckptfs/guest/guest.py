@@ -384,7 +384,7 @@ class Guest:
     async def reset(self) -> str:
         """Drop every written page: RAM is the checkpoint again.
 
-        The caller sees to it that nobody writes meanwhile, and that the kernel forgets what it holds.
+        The caller sees to it that nobody writes meanwhile.
         """
         if self.migration.running:
             raise StateError(f"a {self.migration.kind} is running: wait for it, or cancel it")
@@ -399,7 +399,11 @@ class Guest:
         for block, layer in zip(self.blocks.values(), layers, strict=True):
             dropped += block.reset(layer)
         self.machine_ran = False
-        await close_layers(dropped)
+        try:
+            if self.page_cache is not None:
+                await self.page_cache.forget(self.blocks)
+        finally:
+            await close_layers(dropped)
         return f"{page_count} written pages dropped"
 
     @property
