@@ -1,7 +1,7 @@
 """What a user would otherwise have to know: the mount's read-ahead and dirty limits (root only).
 
 FUSE mounts start with a read-ahead of 128 KiB and may fill 1 % of memory with dirty pages, strictly held.
-A cold sequential read is two to four times faster with 1 MiB, the largest request that FUSE sends, and a VM that
+A cold sequential read is about three times faster with 1 MiB, the largest request that FUSE sends, and a VM that
 dirties its RAM through mmap is not throttled with the limits of an ordinary block device
 (Documentation/ABI/testing/sysfs-class-bdi; measured: docs/decisions/fuse-tuning.md).
 """
