@@ -4,7 +4,9 @@ Both are described as one JSON object, with the keys of status.json where they m
 people from that object.
 """
 
+import argparse
 import errno
+import json
 import os
 import stat
 import textwrap
@@ -13,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ckptfs.channels.backing_file import FileSource
-from ckptfs.cli.mounted import read_status
+from ckptfs.cli.mounted import is_dead_mount, read_status
 from ckptfs.errors import CheckpointError, StorageError
 from ckptfs.mapped_ram.bitmap import PagesBitmap
 from ckptfs.mapped_ram.checkpoint import Checkpoint, read_checkpoint
@@ -27,6 +29,18 @@ Document = dict[str, Any]
 
 _WIDTH = 100
 _UNITS = (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the description of a file or a mount."""
+    if os.path.isdir(arguments.path) or is_dead_mount(arguments.path):
+        document = describe_mount(arguments.path)
+        text = format_mount
+    else:
+        document = describe_file(arguments.path, arguments.offset)
+        text = format_file
+    print(json.dumps(document, indent=2) if arguments.json else text(document))
+    return 0
 
 
 def describe_file(path: str, stream_offset: int) -> Document:

@@ -1,5 +1,6 @@
 """ckptfs qemu-args: how QEMU is started so that a mount is its RAM."""
 
+import argparse
 import os
 import re
 from typing import Any
@@ -15,6 +16,13 @@ _SPLITTING = " \t\n*?[\\"
 """A shell splits or expands an unquoted $(...) at these."""
 
 MiB = 1 << 20
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the arguments in one line."""
+    nodes = arguments.nodes.split(",") if arguments.nodes else None
+    print(" ".join(qemu_args(arguments.directory, arguments.share, nodes)))
+    return 0
 
 
 def qemu_args(directory: str, share: str | None, nodes: list[str] | None) -> list[str]:
