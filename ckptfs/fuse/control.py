@@ -160,7 +160,7 @@ class Control:
         return f"ok {length} bytes are in the page cache"
 
     async def _reset(self, command: ctl.Reset, identity: Identity) -> str:
-        if self._mount.operations.ram_is_written():
+        if await self._mount.operations.ram_is_written():
             raise StateError("a program holds a file in ram/ open for writing: end it first")
         return f"ok {await self._guest.reset()}"
 

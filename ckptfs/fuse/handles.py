@@ -49,6 +49,8 @@ class Handle:
     def __init__(self, inode: int, opener: Opener) -> None:
         self.inode = inode
         self.opener = opener
+        self.closed_once = False
+        """Whether close(2) was called on any of its descriptors."""
 
     def file_info(self, fh: int) -> FileInfo:
         """What the kernel is told about this open file."""

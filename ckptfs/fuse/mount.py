@@ -5,13 +5,14 @@ import logging
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import contextmanager
 
 import pyfuse3
 import trio
 
 from ckptfs.channels.identity import Identity
-from ckptfs.errors import CommandError, StateError
+from ckptfs.errors import CkptfsError, CommandError, StateError
 from ckptfs.fuse.control import Control
 from ckptfs.fuse.daemon import Starter
 from ckptfs.fuse.events import Changes, EventLog
@@ -56,6 +57,16 @@ class _Option(str):
 
     def encode(self, encoding: str = "", errors: str = "") -> bytes:
         return os.fsencode(str(self))
+
+
+@contextmanager
+def _refusal_logged(what: str, pid: int) -> Iterator[None]:
+    """Whoever tries to change a size has an errno alone to go by, and mostly did not mean to."""
+    try:
+        yield
+    except CkptfsError as error:
+        log.warning("%s was refused to process %d: %s", what, pid, error)
+        raise
 
 
 class Mount:
@@ -127,10 +138,16 @@ class Mount:
         assert node is not None
         return node
 
-    def truncate(self, node: Node, length: int) -> None:
-        """Give a RAM block its size; a shell truncates ctl and settings before it writes them: no matter."""
+    async def truncate(self, node: Node, length: int, pid: int, fh: int | None) -> None:
+        """Give a RAM block its size; a shell truncates ctl and settings before it writes them: no matter.
+
+        ``pid`` is who wants it, ``fh`` the file by which he does (ftruncate(2)).
+        """
         if node.kind is NodeKind.RAM:
-            self.guest.resize_block(node.subject, length)
+            has_size = self.guest.blocks[node.subject].used_length > 0
+            in_use = not has_size and await self.operations.in_use(node.inode, but=fh)
+            with _refusal_logged("truncate", pid):
+                self.guest.give_size(node.subject, length, in_use=in_use)
         elif node.kind not in (NodeKind.CTL, NodeKind.PARAMETER, NodeKind.CAPABILITY):
             raise CommandError(f"{node.name!r} has no size that could be set", errno.EPERM)
 
@@ -152,7 +169,9 @@ class Mount:
                 if opener.writes and self.guest.read_only:
                     raise StateError("the mount is read-only (ro)", errno.EROFS)
                 if opener.flags & os.O_TRUNC:  # the kernel leaves it to us, and forgets what it has cached
-                    self.truncate(node, 0)
+                    in_use = await self.operations.in_use(inode)
+                    with _refusal_logged("O_TRUNC", opener.pid):
+                        self.guest.refuse_emptying(node.subject, in_use=in_use)
                 block = self.guest.blocks[node.subject]
                 return RAMHandle(inode, opener, self.guest, block, self.page_cache)
             case NodeKind.PAGES:

@@ -28,6 +28,9 @@ log = logging.getLogger(__name__)
 P = ParamSpec("P")
 T = TypeVar("T")
 
+RELEASE_DEADLINE = 5.0
+"""Seconds in which a file that was closed is released, if it is not open or mapped elsewhere."""
+
 ATTRIBUTE_TIMEOUT = 1.0
 """Seconds for which the kernel may believe a size or st_blocks that it was told."""
 
@@ -59,6 +62,7 @@ class Operations(pyfuse3.Operations):
         self._mount = mount
         self._handles: dict[int, Handle] = {}
         self._next_fh = 1
+        self._released = trio.Event()
         self.initialized = trio.Event()
 
     def init(self) -> None:
@@ -70,13 +74,29 @@ class Operations(pyfuse3.Operations):
         """All open files."""
         return list(self._handles.values())
 
+    async def in_use(self, inode: int, *, but: int | None = None) -> bool:
+        """Whether anybody has a node open or mapped, by a file other than ``but`` (its fh)."""
+        own = None if but is None else self._handles[but]
+        return await self._any_open(lambda handle: handle.inode == inode and handle is not own)
+
+    async def ram_is_written(self) -> bool:
+        """Whether anybody holds a file in ram/ open for writing."""
+        return await self._any_open(lambda handle: isinstance(handle, RAMHandle) and handle.opener.writes)
+
+    async def _any_open(self, concerns: Callable[[Handle], bool]) -> bool:
+        """Whether any open file ``concerns`` the caller.
+
+        One that was closed may not be released yet (the kernel still reads ahead on it): it is waited for, for a
+        moment, as it may as well be open by another descriptor, or mapped.
+        """
+        with trio.move_on_after(RELEASE_DEADLINE):
+            while (found := list(filter(concerns, self._handles.values()))) and all(x.closed_once for x in found):
+                await self._released.wait()
+        return any(map(concerns, self._handles.values()))
+
     def ram_may_be_mapped(self) -> bool:
         """Whether any file in ram/ is open in a way that allows a shared writable mapping."""
         return any(isinstance(handle, RAMHandle) and handle.may_map_shared for handle in self._handles.values())
-
-    def ram_is_written(self) -> bool:
-        """Whether anybody holds a file in ram/ open for writing."""
-        return any(isinstance(handle, RAMHandle) and handle.opener.writes for handle in self._handles.values())
 
     def ram_openers(self) -> set[int]:
         """The processes that have opened files in ram/ which are still open, or mapped."""
@@ -132,7 +152,7 @@ class Operations(pyfuse3.Operations):
         if fields.update_mode or fields.update_uid or fields.update_gid:
             raise FUSEError(errno.EPERM)
         if fields.update_size:
-            self._mount.truncate(node, attr.st_size)
+            await self._mount.truncate(node, attr.st_size, ctx.pid, fh)
         return self._attributes(node)
 
     @_translated
@@ -229,7 +249,8 @@ class Operations(pyfuse3.Operations):
 
     @_translated
     async def flush(self, fh: int) -> None:
-        """close(2): nothing is held back here."""
+        """close(2): nothing is held back here, but RELEASE may follow."""
+        self._handles[fh].closed_once = True
 
     @_translated
     async def fsync(self, fh: int, datasync: bool) -> None:
@@ -239,3 +260,5 @@ class Operations(pyfuse3.Operations):
     async def release(self, fh: int) -> None:
         """The last descriptor and the last mapping are gone."""
         self._handles.pop(fh).release()
+        self._released.set()
+        self._released = trio.Event()

@@ -170,12 +170,10 @@ class GuestBlock:
         """Write into the newest layer; pages written in part must be in it (`Layer.store`)."""
         self.stack.written[0].store(block_offset, data)
 
-    def resize(self, page_count: int) -> None:
-        """Give a block without a base another size, keeping the pages that are in both."""
+    def give_size(self, page_count: int) -> None:
+        """Give a block that has had no pages its size."""
         layer = Layer(self.idstr, page_count, self.page_size)
         (former,) = self.stack.written
-        for run in former.present.runs(0, min(page_count, self.page_count)):
-            layer.store(run.start * self.page_size, former.view(*run))
         former.close()
         self.page_count = page_count
         self.received = PagesBitmap(page_count)

@@ -135,16 +135,38 @@ class Guest:
             raise StateError("this mount has RAM already: mount `none` to fill it from a checkpoint", errno.EEXIST)
 
     def add_block(self, idstr: str, used_length: int) -> None:
-        """Give a fresh guest one more RAM block, of zero pages; of no pages until `resize_block` if need be."""
+        """Give a fresh guest one more RAM block, of zero pages; of no pages until `give_size` if need be."""
         self._refuse_fixed(idstr)
         self.blocks[idstr] = GuestBlock(idstr, self._page_count(idstr, used_length), self.page_size)
 
-    def resize_block(self, idstr: str, used_length: int) -> None:
-        """Give a block of a fresh guest another size; what lay beyond it is gone, what is new is zero."""
+    def give_size(self, idstr: str, used_length: int, *, in_use: bool) -> None:
+        """Give a block of a fresh guest its size in bytes, once and for good.
+
+        ``in_use``: somebody else has its file open. Raises StateError (EPERM, EBUSY), CommandError.
+        """
         block = self.blocks[idstr]
-        if used_length != block.used_length:
-            self._refuse_fixed(idstr)
-            block.resize(self._page_count(idstr, used_length))
+        if used_length == block.used_length:
+            return
+        if block.used_length:
+            raise StateError(f"{idstr}: has {block.used_length} bytes, and keeps that size", errno.EPERM)
+        if in_use:
+            raise StateError(f"{idstr}: somebody else has it open: it gets its size from the one who made it")
+        self._refuse_fixed(idstr)
+        block.give_size(self._page_count(idstr, used_length))
+
+    def refuse_emptying(self, idstr: str, *, in_use: bool) -> None:
+        """Opening a block's file with O_TRUNC drops its content: StateError where there is any to lose.
+
+        ``in_use``: somebody else has the file open (EBUSY); else, if pages hold data, EPERM.
+        """
+        if in_use:
+            raise StateError(f"{idstr}: somebody has it open or mapped, and would lose his RAM by O_TRUNC")
+        if self.blocks[idstr].stack.with_data().count():
+            raise StateError(
+                f"{idstr}: holds data, which O_TRUNC would drop: `dd conv=notrunc` writes over it, "
+                "`reset` drops what was written",
+                errno.EPERM,
+            )
 
     def _page_count(self, idstr: str, used_length: int) -> int:
         if used_length % self.page_size:

@@ -118,6 +118,7 @@ def test_status_and_status_json_say_the_same(incoming: Mounted) -> None:
 
 
 def test_the_size_of_an_incoming_block_is_fixed(incoming: Mounted) -> None:
+    incoming.expect_log(r"truncate was refused to process \d+: pc\.ram: has 2097152 bytes, and keeps that size")
     for length in (0, PAGE, MiB << 10):
         with pytest.raises(PermissionError) as caught:
             os.truncate(incoming.ram / "pc.ram", length)
@@ -129,23 +130,27 @@ def test_the_size_of_an_incoming_block_is_fixed(incoming: Mounted) -> None:
 
 
 def test_opening_with_o_trunc_takes_nothing_away(incoming: Mounted) -> None:
-    with (incoming.ram / "pc.ram").open("r+b") as file, mmap.mmap(file.fileno(), PAGE) as shared:
-        shared[:7] = b"written"
-        with pytest.raises(PermissionError):
-            (incoming.ram / "pc.ram").open("wb")
-        assert shared[:7] == b"written"
+    incoming.expect_log(r"O_TRUNC was refused to process \d+: pc\.ram: somebody has it open or mapped")
+    with (incoming.ram / "pc.ram").open("r+b") as file:
+        shared = mmap.mmap(file.fileno(), PAGE)
+    shared[:7] = b"written"
+    with pytest.raises(OSError, match="busy"):  # it is mapped, though closed
+        (incoming.ram / "pc.ram").open("wb")
+    assert shared[:7] == b"written"
+    shared.close()
     assert (incoming.ram / "pc.ram").read_bytes().startswith(b"written")
 
 
 def test_truncate_makes_a_block_of_a_fresh_guest(fresh: Mounted, tmp_path: Path) -> None:
     path = fresh.ram / "vga.vram"
     path.touch()
+    fresh.expect_log("size 8388609 is not a multiple of the page size")
+    with pytest.raises(OSError, match="Invalid argument"):
+        os.truncate(path, 8 * MiB + 1)
     os.truncate(path, 8 * MiB)
     assert path.stat().st_size == 8 * MiB
     with path.open("r+b") as file:
         file.write(b"vga")
-    with pytest.raises(OSError, match="Invalid argument"):
-        os.truncate(path, 8 * MiB + 1)
     fresh.ctl("save")
     blocks = decode(tmp_path / "checkpoint").blocks
     assert {idstr: len(ram) for idstr, ram in blocks.items()} == {"pc.ram": 16 * MiB, "vga.vram": 8 * MiB}
