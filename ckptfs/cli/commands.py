@@ -57,6 +57,14 @@ def size(text: str) -> int:
         raise argparse.ArgumentTypeError(f"bad size {text!r}: {error}") from None
 
 
+def count(text: str) -> int:
+    """A positive number of the command line."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expects a number from 1 on, not {text!r}")
+    return int(text)
+
+
+OFFSET = argument("--offset", metavar="SIZE", type=size, default=0, help="where in FILE it begins (0x1000, 4k)")
 JSON = argument("--json", action="store_true", help="print one JSON object")
 
 COMMANDS = (
@@ -67,7 +75,7 @@ COMMANDS = (
         "Of a mounted directory: the same, and how its pages stand. Exit code 1: it is no sound checkpoint.",
         (
             argument("path", metavar="FILE_OR_DIR", help="a checkpoint, or where one is mounted"),
-            argument("--offset", metavar="SIZE", type=size, default=0, help="where in FILE it begins (0x1000, 4k)"),
+            OFFSET,
             JSON,
         ),
         "ckptfs.cli.info:run",
@@ -92,6 +100,45 @@ COMMANDS = (
             ),
         ),
         "ckptfs.cli.qemu_args:run",
+    ),
+    Command(
+        "run",
+        "let a machine go on from a checkpoint, or many clones of it",
+        "Start QEMU on FILE in the place of this process: its memory is FILE itself, mapped private and read-only, "
+        "so that nothing is loaded first and FILE stays as it is. The arguments are QEMU's: the same devices as in "
+        "the checkpoint. With --count, {n} in them is a clone's number, and all clones end when this ends.",
+        (
+            argument("file", metavar="FILE", help="a checkpoint of a machine (mapped-ram)"),
+            argument(
+                "arguments", metavar="QEMU-ARGUMENT", nargs=argparse.REMAINDER, help="devices, as QEMU has them"
+            ),
+            argument("--count", metavar="N", type=count, help="start N clones, and end them all when this ends"),
+            argument(
+                "--directory",
+                metavar="DIR",
+                help="where clones have sockets, serial lines and logs (a new one in /tmp)",
+            ),
+            argument(
+                "--no-snapshot",
+                dest="snapshot",
+                action="store_false",
+                help="let clones write to their disks, each to its own ({n})",
+            ),
+            argument("--qemu", metavar="PROGRAM", help="the QEMU to start (default: the machine type's)"),
+            argument("--show", action="store_true", help="print the command and start nothing"),
+            OFFSET,
+        ),
+        "ckptfs.cli.run:run",
+    ),
+    Command(
+        "vmstate",
+        "the stream from which QEMU starts on a file's RAM",
+        "Write to the standard output what QEMU's -incoming takes when the RAM is FILE's, mapped as `run` does it.",
+        (
+            argument("file", metavar="FILE", help="a checkpoint of a machine (mapped-ram)"),
+            OFFSET,
+        ),
+        "ckptfs.cli.run:run_vmstate",
     ),
 )
 """All of ckptfs, in the order of its help."""

@@ -19,6 +19,7 @@ import shlex
 import socket
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -56,8 +57,9 @@ class Qemu:
     """A `qemu-system-x86_64` from `async with` to its end, which is its death.
 
     `arguments` go to QEMU as they are; `append` to the guest (`dirty=64`, see guest.py); `incoming` is what
-    -incoming takes. `qmp_path` is a QMP socket for whoever else speaks to this QEMU, the harness has one of its
-    own; the path is known from the start, the socket is there inside the `async with`.
+    -incoming takes. `program` is what becomes QEMU, given these arguments. `qmp_path` is a QMP socket for whoever
+    else speaks to this QEMU, the harness has one of its own; the path is known from the start, the socket is there
+    inside the `async with`. It is in a new folder of `directory`, which everybody may write if that is given.
     """
 
     def __init__(
@@ -68,14 +70,20 @@ class Qemu:
         machine: str = "pc",
         append: str = "",
         incoming: str | None = None,
+        program: Sequence[str | Path] = ("qemu-system-x86_64",),
+        directory: Path | None = None,
     ) -> None:
         self.serial = ""
         """What was read from the guest's serial line so far."""
-        self._directory = tempfile.TemporaryDirectory(prefix="qemu-")  # short: sockets' paths end at 107 bytes
+        self._directory = tempfile.TemporaryDirectory(
+            prefix="qemu-", dir=directory
+        )  # short: sockets' paths end at 107 bytes
+        if directory is not None:
+            Path(self._directory.name).chmod(0o777)
         self.qmp_path = Path(self._directory.name) / "qmp"
         # thread=single: with more, QEMU 10.0 aborts at times while four vCPUs boot (assert in iotlb_to_section).
         self._command = [
-            "qemu-system-x86_64", "-accel", "tcg,thread=single", "-nodefaults", "-no-user-config",
+            *map(str, program), "-accel", "tcg,thread=single", "-nodefaults", "-no-user-config",
             "-display", "none", "-no-reboot", "-machine", machine, "-m", memory,
             "-kernel", str(guest.kernel), "-initrd", str(guest.initrd),
             "-append", f"{KERNEL_COMMAND_LINE} {append}",

@@ -1,0 +1,196 @@
+"""ckptfs run, and ckptfs vmstate: a checkpoint goes on without a mount.
+
+QEMU maps the file itself, so neither root nor FUSE is needed, and no daemon stands between a machine and its
+memory. What it maps and the device state reach it as descriptors: it gets the very file that was looked at,
+whatever happens to its name, and no other file has to be written.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import signal
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NoReturn
+
+import trio
+
+from ckptfs.channels.backing_file import FileSource
+from ckptfs.errors import CheckpointError, CommandError, StateError
+from ckptfs.guest.guest import leading_error
+from ckptfs.guest.resume import check_mappable, inherited_file, vmstate_of
+from ckptfs.mapped_ram.bitmap import PagesBitmap
+from ckptfs.mapped_ram.checkpoint import Checkpoint, read_checkpoint
+from ckptfs.mapped_ram.ramblock import RAMBlock
+from ckptfs.qemu.backends import is_backend
+from ckptfs.qemu.clones import Clone, MACAddresses, arguments_of
+from ckptfs.qemu.command_line import Option, escaped, join, parse, without_memory
+from ckptfs.qemu.herd import Member, end, start, wait_until_ended, wait_until_running
+
+_PROGRAMS = {
+    "pc": "qemu-system-x86_64",
+    "q35": "qemu-system-x86_64",
+    "microvm": "qemu-system-x86_64",
+    "isapc": "qemu-system-x86_64",
+    "s390": "qemu-system-s390x",
+    "pseries": "qemu-system-ppc64",
+}
+"""The QEMU of a machine type that only one architecture has, by the type's first word."""
+
+_SERIAL_SECTIONS = frozenset({"serial", "pl011"})
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A checkpoint that is about to go on: its open file, and the blocks that QEMU maps of it."""
+
+    path: str
+    fd: int
+    checkpoint: Checkpoint
+    file_bmaps: Mapping[str, PagesBitmap]
+    backends: tuple[RAMBlock, ...]
+
+    def vmstate(self) -> bytes:
+        """The stream from which QEMU starts on these blocks."""
+        left_out = [block.idstr for block in self.backends]
+        return vmstate_of(self.fd, self.checkpoint, self.file_bmaps, left_out)
+
+    def memory(self, path: str) -> list[Option]:
+        """QEMU's options that make this file, which it opens at ``path``, the machine's memory."""
+        options = []
+        for block in self.backends:
+            place = f"mem-path={escaped(path)},offset={block.pages_offset},share=off,readonly=on,rom=off"
+            options.append(
+                Option("object", f"memory-backend-file,id={block.idstr},size={block.used_length},{place}")
+            )
+        machine = self.checkpoint.machine
+        if len(self.backends) == 1:
+            machine += f",memory-backend={self.backends[0].idstr}"
+        return [*options, Option("m", f"{self.backends[0].used_length}B"), Option("machine", machine)]
+
+
+def run_vmstate(arguments: argparse.Namespace) -> int:
+    """Write the stream that starts a machine on a file's RAM to the standard output."""
+    with _opened(arguments) as resumed:
+        sys.stdout.buffer.write(resumed.vmstate())
+    return 0
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Become the QEMU that goes on from a checkpoint, or start many and end with them."""
+    with _opened(arguments) as resumed:
+        options = parse(arguments.arguments[arguments.arguments[:1] == ["--"] :])
+        program = _program(resumed, arguments.qemu)
+        check_mappable(resumed.fd, resumed.backends, resumed.file_bmaps)
+        if arguments.show:
+            shown = _resuming(resumed, options, os.path.abspath(resumed.path), "VMSTATE")
+            print(shlex.join([program, *join(shown)]))
+            return 0
+        vmstate = inherited_file("ckptfs:vmstate", resumed.vmstate())
+        options = _resuming(resumed, options, f"/proc/self/fd/{resumed.fd}", f"/proc/self/fd/{vmstate}")
+        if arguments.count is None:
+            _become(program, options, (resumed.fd, vmstate))
+        _run_clones(resumed, program, options, (resumed.fd, vmstate), arguments)
+    return 0
+
+
+def _resuming(resumed: Resumed, options: Sequence[Option], path: str, vmstate: str) -> list[Option]:
+    """What starts QEMU: ``options`` are the caller's, and what is decided here comes after them."""
+    others = without_memory(options, {block.idstr for block in resumed.backends})
+    return [*others, *resumed.memory(path), Option("incoming", f"file:{vmstate}")]
+
+
+@contextmanager
+def _opened(arguments: argparse.Namespace) -> Iterator[Resumed]:
+    path = arguments.file
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        checkpoint, file_bmaps = read_checkpoint(FileSource(fd), arguments.offset)
+        backends = tuple(block for block in checkpoint.blocks if is_backend(block.idstr))
+        yield Resumed(path, fd, checkpoint, file_bmaps, backends)
+    except CheckpointError as error:
+        raise error.of_file(path) from None
+    except StateError as error:
+        raise StateError(f"{path}: {error}", error.errno) from None
+    finally:
+        os.close(fd)
+
+
+def _program(resumed: Resumed, named: str | None) -> str:
+    program = named or _PROGRAMS.get(resumed.checkpoint.machine.partition("-")[0])
+    if program is None:
+        raise CommandError(
+            f"machine {resumed.checkpoint.machine!r} exists in more than one QEMU: name it, as in "
+            "--qemu qemu-system-aarch64"
+        )
+    found = shutil.which(program)
+    if found is None:
+        raise CommandError(f"{program}: no such program; --qemu names another one")
+    return found
+
+
+def _become(program: str, options: Sequence[Option], descriptors: Sequence[int]) -> NoReturn:
+    for descriptor in descriptors:
+        os.set_inheritable(descriptor, True)
+    os.execv(program, [program, *join(options)])
+
+
+def _run_clones(
+    resumed: Resumed,
+    program: str,
+    options: Sequence[Option],
+    descriptors: Sequence[int],
+    arguments: argparse.Namespace,
+) -> None:
+    """Start ``--count`` clones, say when all run, and end them when this ends."""
+    directory = arguments.directory or tempfile.mkdtemp(prefix="ckptfs-clones-")
+    os.makedirs(directory, exist_ok=True)
+    directory = os.path.abspath(directory)
+    name = os.path.basename(resumed.path)
+    clones = [Clone(number, directory, f"{name}-{number}") for number in range(1, arguments.count + 1)]
+    has_serial = any(section.idstr in _SERIAL_SECTIONS for section in resumed.checkpoint.sections)
+    addresses = MACAddresses()
+    commands = [
+        [
+            program,
+            *join(arguments_of(clone, options, addresses, has_serial=has_serial, snapshot=arguments.snapshot)),
+        ]
+        for clone in clones
+    ]
+    try:
+        trio.run(_herd, clones, commands, descriptors)
+    except BaseExceptionGroup as group:
+        raise leading_error(group) from None
+
+
+async def _herd(clones: Sequence[Clone], commands: Sequence[Sequence[str]], descriptors: Sequence[int]) -> None:
+    members: list[Member] = []
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_cancel_on_signal, signals, nursery.cancel_scope)
+            try:
+                for clone, command in zip(clones, commands, strict=True):
+                    members.append(start(clone, command, descriptors))
+                for member in members:
+                    await wait_until_running(member)
+                print(
+                    f"{len(members)} clones run: N.qmp, N.serial and N.log are in {clones[0].directory}", flush=True
+                )
+                await wait_until_ended(members, lambda text: print(text, flush=True))
+            finally:
+                with trio.CancelScope(shield=True):
+                    await end(members)
+            nursery.cancel_scope.cancel()
+
+
+async def _cancel_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+    async for _ in signals:
+        scope.cancel()
+
+
+def _tell(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,235 @@
+"""`ckptfs run`: stock QEMU maps the checkpoint file itself, without a mount."""
+
+import hashlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ckptfs.channels.backing_file import FileSource
+from ckptfs.mapped_ram.checkpoint import Checkpoint, read_checkpoint
+from tests.doubles.migration_file import MigrationFile
+from tests.live.machines import SMALL, LiveCheckpoint, LiveCheckpoints, goes_on
+from tests.mount.decode import decode
+from tests.mount.harness import BIN, Mounted
+from tests.qemu.guest import Guest
+from tests.qemu.machine import Qemu
+
+CKPTFS = BIN / "ckptfs"
+
+
+def resumed(checkpoint: LiveCheckpoint, *options: str, path: Path | None = None) -> Qemu:
+    """The QEMU that `ckptfs run` becomes."""
+    machine = checkpoint.machine
+    return Qemu(
+        checkpoint.guest,
+        *machine.devices,
+        machine=machine.type,
+        memory=machine.memory,
+        program=(CKPTFS, "run", *options, path or checkpoint.path),
+    )
+
+
+def is_qemu_on(pid: int, path: Path) -> bool:
+    """Whether the process is QEMU, and has mapped the file."""
+    program = os.readlink(f"/proc/{pid}/exe")
+    return program.endswith("qemu-system-x86_64") and str(path) in Path(f"/proc/{pid}/maps").read_text()
+
+
+def copy(checkpoint: LiveCheckpoint, path: Path) -> Path:
+    """A copy with the same holes."""
+    subprocess.run(["cp", "--sparse=always", checkpoint.path, path], check=True)
+    return path
+
+
+def read(path: Path) -> Checkpoint:
+    """All of a file but its pages."""
+    with path.open("rb") as file:
+        return read_checkpoint(FileSource(file.fileno()))[0]
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@pytest.mark.parametrize("origin", ["live", "stock"])
+async def test_a_machine_goes_on(checkpoints: LiveCheckpoints, origin: str) -> None:
+    checkpoint = checkpoints.live(SMALL) if origin == "live" else checkpoints.stock(SMALL)
+    before = sha256(checkpoint.path)
+    async with resumed(checkpoint) as vm:
+        if origin == "stock":  # it was stopped
+            await vm.cont()
+        assert await vm.tick() > checkpoint.last_tick
+        await goes_on(vm)
+        assert is_qemu_on(vm.pid, checkpoint.path)
+    assert sha256(checkpoint.path) == before
+
+
+async def test_a_save_over_its_name_changes_nothing_of_it(
+    checkpoints: LiveCheckpoints, mount: Callable[..., Mounted], tmp_path: Path
+) -> None:
+    checkpoint = checkpoints.live(SMALL)
+    path = copy(checkpoint, tmp_path / "vm")
+    mounted = mount(path)
+    async with resumed(checkpoint, path=path) as vm:
+        await vm.tick()
+        with (mounted.ram / "pc.ram").open("r+b") as ram:
+            ram.write(bytes(64 << 20))
+        mounted.ctl("save ram-only")
+        await goes_on(vm)
+        await goes_on(vm)
+
+
+AS_NOBODY = """\
+import os, sys
+from ckptfs.cli import run
+from ckptfs.cli.ckptfs import main
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)  # with all modules loaded: a user need not be able to read root's Python
+sys.exit(main())
+"""
+
+
+def for_nobody(checkpoint: LiveCheckpoint, public: Path) -> tuple[Path, Guest]:
+    """All that another user needs to read, in a directory where he may make sockets."""
+    path = copy(checkpoint, public / "vm")
+    path.chmod(0o444)
+    kernel, initrd = (public / name for name in ("vmlinuz", "initrd"))
+    for source, target in ((checkpoint.guest.kernel, kernel), (checkpoint.guest.initrd, initrd)):
+        target.write_bytes(source.read_bytes())
+    public.chmod(0o777)
+    return path, replace(checkpoint.guest, kernel=kernel, initrd=initrd)
+
+
+async def test_it_needs_neither_root_nor_fuse(checkpoints: LiveCheckpoints, public: Path) -> None:
+    checkpoint = checkpoints.live(SMALL)
+    path, guest = for_nobody(checkpoint, public)
+    program = (sys.executable, "-c", AS_NOBODY, "run", path)
+    async with Qemu(guest, *SMALL.devices, memory=SMALL.memory, program=program, directory=public) as vm:
+        assert await vm.tick() > checkpoint.last_tick
+        assert os.stat(f"/proc/{vm.pid}").st_uid == 65534
+
+
+def refusal(*arguments: str | Path) -> str:
+    """The one line with which `ckptfs run` refuses to start."""
+    ended = subprocess.run([CKPTFS, "run", *arguments], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout) == (1, "")
+    assert ended.stderr.count("\n") == 1
+    return ended.stderr
+
+
+def test_bytes_below_a_clear_bit(checkpoints: LiveCheckpoints, tmp_path: Path) -> None:
+    path = copy(checkpoints.live(SMALL), tmp_path / "vm")
+    block = next(block for block in read(path).blocks if block.idstr == "pc.ram")
+    zeros = np.flatnonzero(~decode(path).blocks["pc.ram"].reshape(-1, 4096).any(axis=1))
+    page = int(zeros[-1])
+    with path.open("r+b") as file:
+        file.seek((block.pages_offset or 0) + page * 4096 + 17)
+        file.write(b"!")
+    assert refusal(path).startswith(f"{path}: page {page} of pc.ram is zeros, and the file has other bytes")
+
+
+def test_what_holds_no_machine(tmp_path: Path) -> None:
+    path = tmp_path / "ram"
+    MigrationFile(devices=()).write(path)
+    assert refusal(path) == f"{path}: holds RAM alone, no machine: there is nothing that could go on\n"
+
+
+# ---- many --------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def herd(checkpoint: LiveCheckpoint, directory: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """`ckptfs run --count`, up to the line that says that all run; ended by force if the test does not."""
+    machine = checkpoint.machine
+    command = [
+        CKPTFS, "run", *options, "--directory", directory, checkpoint.path, "--",
+        "-accel", "tcg,thread=single", "-nodefaults", "-serial", "stdio", "-m", machine.memory, *machine.devices,
+    ]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Look again and again, as nothing tells."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def pids_of(directory: Path) -> list[int]:
+    """The QEMUs whose QMP sockets are there."""
+    found = []
+    for command_line in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if f"unix:{directory}/".encode() in command_line.read_bytes():
+                found.append(int(command_line.parent.name))
+    return found
+
+
+def pss_of_file(pid: int, path: Path) -> tuple[int, int]:
+    """(Rss, Pss) in KiB of what a process has of a file (proc(5), smaps)."""
+    rss = pss = 0
+    for area in re.split(r"\n(?=[0-9a-f]+-[0-9a-f]+ )", Path(f"/proc/{pid}/smaps").read_text()):
+        if area.partition("\n")[0].endswith(str(path)):
+            clean = sum(map(int, re.findall(r"Shared_Clean: +(\d+)", area)))
+            rss += clean
+            pss += int(re.findall(r"^Pss: +(\d+)", area, re.MULTILINE)[0])
+    return rss, pss
+
+
+def test_three_clones_tick_share_and_end(checkpoints: LiveCheckpoints, tmp_path: Path) -> None:
+    checkpoint = checkpoints.live(SMALL)
+    before = sha256(checkpoint.path)
+    directory = tmp_path / "clones"
+    with herd(checkpoint, directory, "--count", "3") as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"3 clones run: N.qmp, N.serial and N.log are in {directory}\n"
+        serials = [directory / f"{number}.serial" for number in (1, 2, 3)]
+        wait_until(lambda: all(serial.read_text().count("MD5OK\n") > 2 for serial in serials))
+        pids = pids_of(directory)
+        assert len(pids) == 3
+        for pid in pids:
+            shared, _ = pss_of_file(pid, checkpoint.path)
+            assert shared > 4 << 10  # the blob, which every guest reads, and the kernel's text
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0
+    assert pids_of(directory) == []
+    assert all("BAD" not in serial.read_text() for serial in serials)
+    assert sha256(checkpoint.path) == before
+
+
+def test_clones_die_with_it(checkpoints: LiveCheckpoints, tmp_path: Path) -> None:
+    directory = tmp_path / "clones"
+    with herd(checkpoints.live(SMALL), directory, "--count", "2") as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        assert len(pids_of(directory)) == 2
+        process.kill()
+        process.wait()
+        wait_until(lambda: pids_of(directory) == [])
+
+
+def test_a_clone_that_fails_ends_all(checkpoints: LiveCheckpoints, tmp_path: Path) -> None:
+    path, directory = checkpoints.live(SMALL).path, tmp_path / "clones"
+    says = refusal("--count", "2", "--directory", directory, path, "-nodefaults", "-device", "no-such")
+    assert re.fullmatch(r"clone [12] ended with exit code 1: .*'no-such' is not a valid device model.*\n", says)
+    assert pids_of(directory) == []
