@@ -102,9 +102,12 @@ def _serve(
         starter.failed(EXIT_MOUNT, describe(error))
     if fake:
         return 0
-    mount = Mount(guest, directory, source, options, spec)
+
+    async def run() -> None:
+        await Mount(guest, directory, source, options, spec).serve(starter)
+
     try:
-        trio.run(mount.serve, starter)
+        trio.run(run)
     except BaseException as error:
         log.exception("%s: the daemon ends", directory)
         starter.failed(EXIT_SYSTEM, f"{directory}: {error}")

@@ -9,15 +9,20 @@ import os
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import trio
 
 from ckptfs.channels.descriptors import describe_address
 from ckptfs.channels.identity import Identity
 from ckptfs.errors import CkptfsError, CommandError, StateError
-from ckptfs.fuse.report import describe_mount, query_migrate
+from ckptfs.fuse.events import Changes
+from ckptfs.fuse.page_cache import KernelPageCache
+from ckptfs.fuse.ram_files import RAMFiles
+from ckptfs.fuse.report import Origin, describe_mount, query_migrate
+from ckptfs.guest.guest import Guest
 from ckptfs.guest.machine import Machine
+from ckptfs.guest.opening import open_checkpoint
 from ckptfs.guest.saving import SaveRequest, save
 from ckptfs.migration.address import FileMigrationArgs, SeekableAddress
 from ckptfs.migration.capabilities import CAPABILITIES, format_state, parse_state
@@ -25,9 +30,6 @@ from ckptfs.migration.parameters import ParameterValue, find_parameter
 from ckptfs.namespace import ctl
 from ckptfs.namespace.names import decode_name
 from ckptfs.namespace.status import Status, printable
-
-if TYPE_CHECKING:
-    from ckptfs.fuse.mount import Mount
 
 log = logging.getLogger(__name__)
 
@@ -55,12 +57,28 @@ def describe(error: CkptfsError | OSError) -> str:
 
 
 class Control:
-    """Runs commands on a mount. ``nursery`` is where those go on that need not be waited for."""
+    """Runs commands on a mount: ``start_soon`` those that need not be waited for.
 
-    def __init__(self, mount: "Mount", nursery: trio.Nursery) -> None:
-        self._mount = mount
-        self._guest = mount.guest
-        self._nursery = nursery
+    ``spec`` is the file that the mount is of, to which `save` goes if nothing else is said.
+    """
+
+    def __init__(
+        self,
+        guest: Guest,
+        spec: SeekableAddress | None,
+        origin: Origin,
+        ram_files: RAMFiles,
+        page_cache: KernelPageCache,
+        changes: Changes,
+        start_soon: Callable[[Callable[[], Awaitable[None]]], None],
+    ) -> None:
+        self._guest = guest
+        self._spec = spec
+        self._origin = origin
+        self._ram_files = ram_files
+        self._page_cache = page_cache
+        self._changes = changes
+        self._start_soon = start_soon
         self.last = Outcome(b"")
         self.last_command: str | None = None
 
@@ -68,7 +86,7 @@ class Control:
         """Run the command in ``text`` for ``identity``; raises nothing but trio.Cancelled."""
         outcome = await self._outcome(text, identity)
         self.last = outcome
-        self._mount.changes.note()
+        self._changes.note()
         self.last_command = text[:200].decode(errors="replace").strip()
         return outcome
 
@@ -97,7 +115,7 @@ class Control:
         return f"ok saving to {describe_address(request.address)} in the background: follow it in status"
 
     def _save_request(self, command: ctl.Save, identity: Identity) -> SaveRequest:
-        target = command.target or self._mount.spec
+        target = command.target or self._spec
         if target is None:
             raise CommandError("there is no file behind this mount (none): say where to save, as in `save /PATH`")
         return SaveRequest(_absolute(target, identity), identity, command.ram_only)
@@ -118,11 +136,17 @@ class Control:
             except Exception:
                 log.exception("in the background")
 
-        self._nursery.start_soon(run)
+        self._start_soon(run)
 
     async def _migrate_incoming(self, command: ctl.MigrateIncoming, identity: Identity) -> str:
         source = _absolute(command.source, identity)
-        await self._mount.fill(source, identity)
+        guest = self._guest
+        guest.refuse_filled()
+        guest.fill(
+            await trio.to_thread.run_sync(
+                open_checkpoint, source, identity, guest.descriptors, guest.base_options(), guest.mount_device
+            )
+        )
         return f"ok incoming from {describe_address(source)}"
 
     async def _cancel(self, command: ctl.Cancel, identity: Identity) -> str:
@@ -154,13 +178,13 @@ class Control:
                 raise CommandError(
                     f"START {command.start} is behind the end of ram/{command.name}: it has {size} bytes"
                 )
-        length = await self._mount.page_cache.warm(
+        length = await self._page_cache.warm(
             idstrs, command.start, command.length, guest.parameters.multifd_channels
         )
         return f"ok {length} bytes are in the page cache"
 
     async def _reset(self, command: ctl.Reset, identity: Identity) -> str:
-        if await self._mount.operations.ram_is_written():
+        if await self._ram_files.are_written():
             raise StateError("a program holds a file in ram/ open for writing: end it first")
         return f"ok {await self._guest.reset()}"
 
@@ -239,6 +263,10 @@ class Control:
             self.last = Outcome(f"error: {error}\n".encode(errors="surrogateescape"), errno_of(error))
             raise
 
+    def parameter_text(self, name: str) -> bytes:
+        """What the file of a parameter holds."""
+        return f"{self._guest.parameters.get(name)}\n".encode()
+
     def capability_text(self, name: str) -> bytes:
         """What the file of a capability holds."""
         return f"{format_state(self._guest.capabilities.get(name))}\n".encode()
@@ -246,19 +274,19 @@ class Control:
     def _change_parameter(self, name: str, value: ParameterValue) -> None:
         guest = self._guest
         guest.parameters = guest.parameters.set(name, value, running=guest.migration.running)
-        self._mount.changes.note()
+        self._changes.note()
 
     def _change_capability(self, name: str, state: bool) -> None:
         guest = self._guest
         guest.capabilities = guest.capabilities.set(name, state, running=guest.migration.running)
-        self._mount.changes.note()
+        self._changes.note()
 
     # ---- status ------------------------------------------------------------------------------------
 
     def status(self) -> Status:
         """A snapshot of the mount."""
         outcome = self.last.line.decode(errors="replace").strip() or None
-        return describe_mount(self._mount, self.last_command, outcome)
+        return describe_mount(self._guest, self._origin, self.last_command, outcome)
 
 
 def _remark(no_effect: str) -> str:

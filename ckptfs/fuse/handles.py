@@ -4,40 +4,19 @@ A handle translates between FUSE's requests and the guest; it decides nothing.
 """
 
 import errno
-import os
 import select
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from pyfuse3 import FileInfo, FUSEError, PollHandle
 
-from ckptfs.channels.identity import Identity
 from ckptfs.fuse.control import Control
 from ckptfs.fuse.events import READABLE, Changes, EventLog
 from ckptfs.fuse.page_cache import FileRange, KernelPageCache
+from ckptfs.fuse.ram_files import Opener, RAMFiles
 from ckptfs.guest.block import GuestBlock
 from ckptfs.guest.guest import Guest
 
 Buffer = bytes | memoryview
-
-
-@dataclass(frozen=True)
-class Opener:
-    """Who opened a file, and how (open(2) flags; fuse_in_header: the thread's pid, uid, gid)."""
-
-    flags: int
-    pid: int
-    uid: int
-    gid: int
-
-    @property
-    def writes(self) -> bool:
-        """Whether the file was opened for writing."""
-        return self.flags & os.O_ACCMODE != os.O_RDONLY
-
-    def identity(self) -> Identity:
-        """The process as one whom the daemon can act for."""
-        return Identity.of_process(self.pid, self.uid, self.gid)
 
 
 class Handle:
@@ -49,8 +28,6 @@ class Handle:
     def __init__(self, inode: int, opener: Opener) -> None:
         self.inode = inode
         self.opener = opener
-        self.closed_once = False
-        """Whether close(2) was called on any of its descriptors."""
 
     def file_info(self, fh: int) -> FileInfo:
         """What the kernel is told about this open file."""
@@ -67,6 +44,9 @@ class Handle:
     def poll(self, poll_handle: PollHandle | None) -> int:
         """Return the poll(2) events that are there now; keep ``poll_handle`` to tell of later ones."""
         return select.POLLIN | select.POLLOUT
+
+    def flush(self) -> None:
+        """close(2) was called on one of its descriptors; `release` may follow."""
 
     def release(self) -> None:
         """The last descriptor and the last mapping of it are gone."""
@@ -135,17 +115,20 @@ class RAMHandle(Handle):
     direct_io = False
 
     def __init__(
-        self, inode: int, opener: Opener, guest: Guest, block: GuestBlock, page_cache: KernelPageCache
+        self,
+        inode: int,
+        opener: Opener,
+        guest: Guest,
+        block: GuestBlock,
+        page_cache: KernelPageCache,
+        ram_files: RAMFiles,
     ) -> None:
         super().__init__(inode, opener)
         self._guest = guest
         self._block = block
         self._page_cache = page_cache
-
-    @property
-    def may_map_shared(self) -> bool:
-        """Whether pages can be dirtied through a shared mapping of this handle (mmap(2): O_RDWR only)."""
-        return self.opener.flags & os.O_ACCMODE == os.O_RDWR
+        self._ram_files = ram_files
+        ram_files.opened(self, inode, opener)
 
     async def read(self, offset: int, length: int) -> Buffer:
         settling = self._page_cache.settling
@@ -158,6 +141,12 @@ class RAMHandle(Handle):
         if settling is not None:
             await settling.admit(FileRange(self.inode, offset, offset + len(data)), writing=True)
         return await self._guest.write(self._block, offset, data)
+
+    def flush(self) -> None:
+        self._ram_files.closed(self)
+
+    def release(self) -> None:
+        self._ram_files.released(self)
 
 
 class PagesHandle(Handle):

@@ -9,7 +9,7 @@ import errno
 import functools
 import logging
 from collections.abc import Callable, Coroutine, Sequence
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, cast
+from typing import Any, ParamSpec, TypeVar, cast
 
 import pyfuse3
 import trio
@@ -17,19 +17,16 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, InodeT, RequestContext
 
 from ckptfs.errors import CkptfsError
 from ckptfs.fuse.control import errno_of
-from ckptfs.fuse.handles import Handle, Opener, RAMHandle
+from ckptfs.fuse.handles import Handle
+from ckptfs.fuse.nodes import Nodes
+from ckptfs.fuse.opening import Opening
+from ckptfs.fuse.ram_files import Opener
 from ckptfs.namespace.tree import Node, NodeKind
-
-if TYPE_CHECKING:
-    from ckptfs.fuse.mount import Mount
 
 log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-RELEASE_DEADLINE = 5.0
-"""Seconds in which a file that was closed is released, if it is not open or mapped elsewhere."""
 
 ATTRIBUTE_TIMEOUT = 1.0
 """Seconds for which the kernel may believe a size or st_blocks that it was told."""
@@ -52,60 +49,27 @@ def _translated(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Cor
 
 
 class Operations(pyfuse3.Operations):
-    """One mount's handlers; what an open file does is in `handles`, what there is in `namespace.tree`."""
+    """One mount's handlers; what there is, is in `nodes`, and what an open file does in `handles`."""
 
     supports_dot_lookup = True
     enable_writeback_cache = False  # write(2) reaches the daemon before it returns: a save sees it
 
-    def __init__(self, mount: "Mount") -> None:
+    def __init__(self, nodes: Nodes, opening: Opening) -> None:
         super().__init__()
-        self._mount = mount
+        self._nodes = nodes
+        self._opening = opening
         self._handles: dict[int, Handle] = {}
         self._next_fh = 1
-        self._released = trio.Event()
         self.initialized = trio.Event()
 
     def init(self) -> None:
         """The kernel has answered: requests come from now on."""
         self.initialized.set()
 
-    @property
-    def handles(self) -> list[Handle]:
-        """All open files."""
-        return list(self._handles.values())
-
-    async def in_use(self, inode: int, *, but: int | None = None) -> bool:
-        """Whether anybody has a node open or mapped, by a file other than ``but`` (its fh)."""
-        own = None if but is None else self._handles[but]
-        return await self._any_open(lambda handle: handle.inode == inode and handle is not own)
-
-    async def ram_is_written(self) -> bool:
-        """Whether anybody holds a file in ram/ open for writing."""
-        return await self._any_open(lambda handle: isinstance(handle, RAMHandle) and handle.opener.writes)
-
-    async def _any_open(self, concerns: Callable[[Handle], bool]) -> bool:
-        """Whether any open file ``concerns`` the caller.
-
-        One that was closed may not be released yet (the kernel still reads ahead on it): it is waited for, for a
-        moment, as it may as well be open by another descriptor, or mapped.
-        """
-        with trio.move_on_after(RELEASE_DEADLINE):
-            while (found := list(filter(concerns, self._handles.values()))) and all(x.closed_once for x in found):
-                await self._released.wait()
-        return any(map(concerns, self._handles.values()))
-
-    def ram_may_be_mapped(self) -> bool:
-        """Whether any file in ram/ is open in a way that allows a shared writable mapping."""
-        return any(isinstance(handle, RAMHandle) and handle.may_map_shared for handle in self._handles.values())
-
-    def ram_openers(self) -> set[int]:
-        """The processes that have opened files in ram/ which are still open, or mapped."""
-        return {handle.opener.pid for handle in self._handles.values() if isinstance(handle, RAMHandle)}
-
     # ---- nodes -------------------------------------------------------------------------------------
 
     def _node(self, inode: int) -> Node:
-        node = self._mount.tree.node(inode)
+        node = self._nodes.tree.node(inode)
         if node is None:
             raise FUSEError(errno.ENOENT)
         return node
@@ -113,14 +77,14 @@ class Operations(pyfuse3.Operations):
     def _attributes(self, node: Node) -> EntryAttributes:
         entry = EntryAttributes()
         entry.st_ino = InodeT(node.inode)
-        entry.st_mode = cast(Any, self._mount.tree.mode(node))
-        entry.st_nlink = self._mount.tree.link_count(node)
-        entry.st_uid, entry.st_gid = self._mount.owner
-        entry.st_size, stored = self._mount.sizes(node)
+        entry.st_mode = cast(Any, self._nodes.tree.mode(node))
+        entry.st_nlink = self._nodes.tree.link_count(node)
+        entry.st_uid, entry.st_gid = self._nodes.owner
+        entry.st_size, stored = self._nodes.sizes(node)
         entry.st_blksize = 1 << 20
         entry.st_blocks = stored // 512
         # a time that changed would make the kernel drop the pages it has cached
-        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = self._mount.mounted_at_ns
+        entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = self._nodes.mounted_at_ns
         entry.attr_timeout = ATTRIBUTE_TIMEOUT
         entry.entry_timeout = 0.0 if node.kind is NodeKind.CTL else ATTRIBUTE_TIMEOUT
         return entry
@@ -133,10 +97,10 @@ class Operations(pyfuse3.Operations):
     @_translated
     async def lookup(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> EntryAttributes:
         """Find a name."""
-        node = self._mount.tree.lookup(parent_inode, name)
+        node = self._nodes.tree.lookup(parent_inode, name)
         if node is None:
             raise FUSEError(errno.ENOENT)
-        return self._attributes(self._mount.tree.entry(node))
+        return self._attributes(self._nodes.tree.entry(node))
 
     @_translated
     async def setattr(
@@ -152,7 +116,7 @@ class Operations(pyfuse3.Operations):
         if fields.update_mode or fields.update_uid or fields.update_gid:
             raise FUSEError(errno.EPERM)
         if fields.update_size:
-            await self._mount.truncate(node, attr.st_size, ctx.pid, fh)
+            await self._opening.truncate(node, attr.st_size, ctx.pid, None if fh is None else self._handles[fh])
         return self._attributes(node)
 
     @_translated
@@ -165,9 +129,9 @@ class Operations(pyfuse3.Operations):
     @_translated
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """List what comes after inode number ``start_id``."""
-        for node in self._mount.tree.list(fh):
+        for node in self._nodes.tree.list(fh):
             if node.inode > start_id and not pyfuse3.readdir_reply(
-                token, node.name, self._attributes(self._mount.tree.entry(node)), node.inode
+                token, node.name, self._attributes(self._nodes.tree.entry(node)), node.inode
             ):
                 break
 
@@ -183,7 +147,7 @@ class Operations(pyfuse3.Operations):
     @_translated
     async def statfs(self, ctx: RequestContext) -> StatvfsData:
         """df(1): the size of RAM and what of it is stored."""
-        total, stored = self._mount.capacity()
+        total, stored = self._nodes.capacity()
         data = StatvfsData()
         data.f_bsize = data.f_frsize = 4096
         data.f_blocks = total // 4096
@@ -194,7 +158,7 @@ class Operations(pyfuse3.Operations):
     @_translated
     async def getxattr(self, inode: InodeT, name: bytes, ctx: RequestContext) -> bytes:
         """user.ckptfs.* of a RAM block's files."""
-        value = self._mount.xattrs(self._node(inode)).get(name)
+        value = self._nodes.xattrs(self._node(inode)).get(name)
         if value is None:
             raise FUSEError(pyfuse3.ENOATTR)
         return value
@@ -202,22 +166,22 @@ class Operations(pyfuse3.Operations):
     @_translated
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[bytes]:
         """The names of those."""
-        return list(self._mount.xattrs(self._node(inode)))
+        return list(self._nodes.xattrs(self._node(inode)))
 
     # ---- open files --------------------------------------------------------------------------------
 
     @_translated
     async def open(self, inode: InodeT, flags: int, ctx: RequestContext) -> FileInfo:
         """Open a file; what it does from then on is its `Handle`'s."""
-        return self._opened(await self._mount.open(self._node(inode), self._opener(flags, ctx)))
+        return self._opened(await self._opening.open(self._node(inode), self._opener(flags, ctx)))
 
     @_translated
     async def create(
         self, parent_inode: InodeT, name: bytes, mode: int, flags: int, ctx: RequestContext
     ) -> tuple[FileInfo, EntryAttributes]:
         """Make a RAM block of a fresh guest: empty until it gets its size by truncate(2)."""
-        node = self._mount.create(parent_inode, name)
-        return self._opened(await self._mount.open(node, self._opener(flags, ctx))), self._attributes(node)
+        node = self._nodes.create(parent_inode, name)
+        return self._opened(await self._opening.open(node, self._opener(flags, ctx))), self._attributes(node)
 
     @staticmethod
     def _opener(flags: int, ctx: RequestContext) -> Opener:
@@ -250,7 +214,7 @@ class Operations(pyfuse3.Operations):
     @_translated
     async def flush(self, fh: int) -> None:
         """close(2): nothing is held back here, but RELEASE may follow."""
-        self._handles[fh].closed_once = True
+        self._handles[fh].flush()
 
     @_translated
     async def fsync(self, fh: int, datasync: bool) -> None:
@@ -260,5 +224,3 @@ class Operations(pyfuse3.Operations):
     async def release(self, fh: int) -> None:
         """The last descriptor and the last mapping are gone."""
         self._handles.pop(fh).release()
-        self._released.set()
-        self._released = trio.Event()

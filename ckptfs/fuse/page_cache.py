@@ -28,6 +28,7 @@ import os
 import struct
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
+from functools import cached_property
 from typing import NamedTuple, Protocol
 
 import trio
@@ -149,8 +150,13 @@ def _pieces(file: FileRange) -> list[FileRange]:
     return [FileRange(file.inode, start, min(start + length, file.stop)) for start in reversed(starts)]
 
 
-class RAMFiles(Protocol):
+class CachedFiles(Protocol):
     """What the page cache has to know of the files in ram/."""
+
+    @property
+    def device(self) -> int:
+        """st_dev of the mount."""
+        ...
 
     def file_of(self, idstr: str) -> tuple[FileRange, str]:
         """Inode number, length in bytes and path of a block's file."""
@@ -160,7 +166,8 @@ class RAMFiles(Protocol):
         """The same as stat(2) tells files apart."""
         ...
 
-    def ram_may_be_mapped(self) -> bool:
+    @property
+    def may_be_mapped(self) -> bool:
         """Whether any is open for reading and writing, without which there is no shared writable mapping."""
         ...
 
@@ -168,11 +175,13 @@ class RAMFiles(Protocol):
 class KernelPageCache:
     """The kernel's page cache of the files in ram/, as `guest.PageCache` wants it."""
 
-    def __init__(self, ram: RAMFiles, device: int) -> None:
+    def __init__(self, ram: CachedFiles) -> None:
         self._ram = ram
-        self._device = device
-        self._fuse_fd = _find_fuse_descriptor()
         self.settling: Settling | None = None
+
+    @cached_property
+    def _fuse_fd(self) -> int:
+        return _find_fuse_descriptor()
 
     def files(self, idstrs: Iterable[str]) -> list[RAMFile]:
         """The files that the blocks are seen as."""
@@ -180,14 +189,14 @@ class KernelPageCache:
 
     async def flush(self, idstrs: list[str]) -> None:
         """Have every page that was dirtied through mmap written to the daemon (fsync, in a worker thread)."""
-        if self._ram.ram_may_be_mapped():
+        if self._ram.may_be_mapped:
             paths = [self._ram.file_of(idstr)[1] for idstr in idstrs]
             await trio.to_thread.run_sync(self._fsync, paths)
 
     @asynccontextmanager
     async def settled(self, idstrs: list[str]) -> AsyncIterator[None]:
         """Within this, the daemon holds the newest content of every page, and nothing can change it."""
-        if not self._ram.ram_may_be_mapped():
+        if not self._ram.may_be_mapped:
             yield
             return
         await self.flush(idstrs)  # in large runs; evicting alone writes back page by page
@@ -237,7 +246,7 @@ class KernelPageCache:
         for path in paths:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
             try:
-                if os.fstat(fd).st_dev != self._device:
+                if os.fstat(fd).st_dev != self._ram.device:
                     raise StateError(f"{path}: another file system is mounted over it")
                 os.fsync(fd)
             finally:

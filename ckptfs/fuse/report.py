@@ -1,6 +1,7 @@
 """What a mount tells about itself: the snapshot behind status, and query-migrate's answer."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Collection
+from dataclasses import dataclass
 
 from ckptfs import __version__
 from ckptfs.guest.block import GuestBlock, PageState
@@ -10,9 +11,6 @@ from ckptfs.guest.vmstate import backends_on
 from ckptfs.migration.query import MigrationStats, QueryMigrate
 from ckptfs.migration.status import MigrationStatus
 from ckptfs.namespace.status import BadPage, BlockStatus, MountState, Status
-
-if TYPE_CHECKING:
-    from ckptfs.fuse.mount import Mount
 
 
 def describe_block(block: GuestBlock) -> BlockStatus:
@@ -58,9 +56,21 @@ def query_migrate(migration: Migration, page_size: int) -> QueryMigrate:
     )
 
 
-def describe_mount(mount: "Mount", last_command: str | None, last_outcome: str | None) -> Status:
+@dataclass(frozen=True)
+class Origin:
+    """What a mount was made from: ``source`` as it was given, ``mounted_at`` on trio's clock, option backends=."""
+
+    source: str
+    mounted_at: float
+    backends: Collection[str]
+
+    def milliseconds_until(self, moment: float | None) -> int | None:
+        """From the mount to ``moment`` on trio's clock."""
+        return None if moment is None else round((moment - self.mounted_at) * 1000)
+
+
+def describe_mount(guest: Guest, origin: Origin, last_command: str | None, last_outcome: str | None) -> Status:
     """A moment of the mount."""
-    guest = mount.guest
     checkpoint = None if guest.base is None else guest.base.checkpoint
     blocks = tuple(describe_block(block) for block in guest.blocks.values())
     held = sum(
@@ -69,7 +79,7 @@ def describe_mount(mount: "Mount", last_command: str | None, last_outcome: str |
     set_aside = sum(layer.present.count() for block in guest.blocks.values() for layer in block.stack.written[1:])
     return Status(
         version=__version__,
-        spec=mount.source,
+        spec=origin.source,
         state=_state(guest),
         migration=query_migrate(guest.migration, guest.page_size),
         base=None if guest.base is None else guest.base.path,
@@ -82,8 +92,8 @@ def describe_mount(mount: "Mount", last_command: str | None, last_outcome: str |
         overlay_bytes=held,
         set_aside_pages=set_aside,
         waiting_readers=guest.waiting_readers,
-        time_to_first_byte=mount.milliseconds_since(guest.first_byte_at),
-        time_to_full=mount.milliseconds_since(guest.full_at),
+        time_to_first_byte=origin.milliseconds_until(guest.first_byte_at),
+        time_to_full=origin.milliseconds_until(guest.full_at),
         blocks=blocks,
         bad_pages=tuple(BadPage(idstr, page, error) for (idstr, page), error in guest.bad_pages.items()),
         bad_page_count=len(guest.bad_pages),
@@ -93,7 +103,7 @@ def describe_mount(mount: "Mount", last_command: str | None, last_outcome: str |
         base_machine=None if checkpoint is None else checkpoint.machine,
         base_run_state=None if checkpoint is None else checkpoint.run_state,
         base_devices=() if checkpoint is None else tuple(section.idstr for section in checkpoint.sections),
-        backends=tuple(backends_on(guest, mount.options.backends)),
+        backends=tuple(backends_on(guest, origin.backends)),
     )
 
 

@@ -1,0 +1,65 @@
+"""What there is on a mount: its nodes, how large they are, and how RAM blocks are made.
+
+The form of the tree is `namespace.tree`; here it is that of one guest, as it is now.
+"""
+
+import errno
+import os
+import time
+
+from ckptfs.errors import CommandError
+from ckptfs.fuse.report import describe_block
+from ckptfs.guest.guest import Guest
+from ckptfs.namespace.names import decode_name
+from ckptfs.namespace.options import MountOptions
+from ckptfs.namespace.tree import RAM, Node, NodeKind, Tree, ram_xattrs
+
+
+class Nodes:
+    """The nodes of a mount. ``owner`` is (uid, gid) of all of them, ``mounted_at_ns`` their time."""
+
+    def __init__(self, guest: Guest, options: MountOptions) -> None:
+        self._guest = guest
+        self._tree = Tree(guest.blocks, read_only=options.read_only, umask=options.umask)
+        self.owner = (
+            os.getuid() if options.uid is None else options.uid,
+            os.getgid() if options.gid is None else options.gid,
+        )
+        self.mounted_at_ns = time.time_ns()
+
+    @property
+    def tree(self) -> Tree:
+        """What there is now: a live checkpoint brings device state, `save ram-only` loses it."""
+        self._tree.has_vmstate = self._guest.has_device_state
+        for idstr in list(self._guest.blocks)[self._tree.block_count :]:
+            self._tree.add_block(idstr)
+        return self._tree
+
+    def sizes(self, node: Node) -> tuple[int, int]:
+        """Length and stored bytes of a node."""
+        if node.kind is NodeKind.RAM:
+            block = self._guest.blocks[node.subject]
+            return block.used_length, block.stack.with_data().count() * block.page_size
+        if node.kind is NodeKind.PAGES:
+            return self._guest.blocks[node.subject].page_count, 0
+        return 0, 0
+
+    def capacity(self) -> tuple[int, int]:
+        """Bytes of RAM, and how many of them are stored."""
+        sizes = [self.sizes(node) for node in self.tree.list(RAM.inode)]
+        return sum(size for size, _ in sizes), sum(stored for _, stored in sizes)
+
+    def xattrs(self, node: Node) -> dict[bytes, bytes]:
+        """The extended attributes of a node."""
+        if node.kind not in (NodeKind.RAM, NodeKind.PAGES):
+            return {}
+        return ram_xattrs(describe_block(self._guest.blocks[node.subject]))
+
+    def create(self, parent_inode: int, name: bytes) -> Node:
+        """Make a RAM block of a fresh guest, without a size yet."""
+        if parent_inode != RAM.inode:
+            raise CommandError(f"{name!r}: files can be made in ram/ only", errno.EPERM)
+        self._guest.add_block(decode_name(name), 0)
+        node = self.tree.lookup(parent_inode, name)
+        assert node is not None
+        return node

@@ -1,0 +1,128 @@
+"""Opening a node, and giving it a size: the one place that knows which handle is whose."""
+
+import errno
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import trio
+
+from ckptfs.errors import CkptfsError, CommandError, StateError
+from ckptfs.fuse.control import Control
+from ckptfs.fuse.events import Changes, EventLog
+from ckptfs.fuse.handles import (
+    ControlHandle,
+    EventsHandle,
+    Handle,
+    PagesHandle,
+    RAMHandle,
+    SettingHandle,
+    StatusHandle,
+    TextHandle,
+)
+from ckptfs.fuse.page_cache import KernelPageCache
+from ckptfs.fuse.ram_files import Opener, RAMFiles
+from ckptfs.guest.guest import Guest
+from ckptfs.guest.vmstate import backends_on, vmstate
+from ckptfs.namespace.options import MountOptions
+from ckptfs.namespace.status import format_status, format_status_json
+from ckptfs.namespace.tree import Node, NodeKind
+from ckptfs.qemu.users import ram_users
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def _refusal_logged(what: str, pid: int) -> Iterator[None]:
+    """Whoever tries to change a size has an errno alone to go by, and mostly did not mean to."""
+    try:
+        yield
+    except CkptfsError as error:
+        log.warning("%s was refused to process %d: %s", what, pid, error)
+        raise
+
+
+class Opening:
+    """Makes the handles of a mount's nodes."""
+
+    def __init__(
+        self,
+        guest: Guest,
+        options: MountOptions,
+        ram_files: RAMFiles,
+        page_cache: KernelPageCache,
+        control: Control,
+        changes: Changes,
+        events: EventLog,
+    ) -> None:
+        self._guest = guest
+        self._options = options
+        self._ram_files = ram_files
+        self._page_cache = page_cache
+        self._control = control
+        self._changes = changes
+        self._events = events
+
+    async def open(self, node: Node, opener: Opener) -> Handle:
+        """Open a node. Raises StateError where it can't be opened, or not like that."""
+        inode, subject, control = node.inode, node.subject, self._control
+        match node.kind:
+            case NodeKind.RAM:
+                if opener.writes and self._guest.read_only:
+                    raise StateError("the mount is read-only (ro)", errno.EROFS)
+                if opener.flags & os.O_TRUNC:  # the kernel leaves it to us, and forgets what it has cached
+                    in_use = await self._ram_files.in_use(inode)
+                    with _refusal_logged("O_TRUNC", opener.pid):
+                        self._guest.refuse_emptying(subject, in_use=in_use)
+                block = self._guest.blocks[subject]
+                return RAMHandle(inode, opener, self._guest, block, self._page_cache, self._ram_files)
+            case NodeKind.PAGES:
+                return PagesHandle(inode, opener, self._guest.blocks[subject])
+            case NodeKind.CTL:
+                return ControlHandle(inode, opener, control)
+            case NodeKind.STATUS:
+                return StatusHandle(inode, opener, self._changes, lambda: format_status(control.status()))
+            case NodeKind.STATUS_JSON:
+                return StatusHandle(inode, opener, self._changes, lambda: format_status_json(control.status()))
+            case NodeKind.EVENTS:
+                return EventsHandle(inode, opener, self._events)
+            case NodeKind.PARAMETER:
+                text = control.parameter_text(subject)
+                return SettingHandle(inode, opener, text, lambda data: control.set_parameter(subject, data))
+            case NodeKind.CAPABILITY:
+                text = control.capability_text(subject)
+                return SettingHandle(inode, opener, text, lambda data: control.set_capability(subject, data))
+            case NodeKind.VMSTATE:
+                return TextHandle(inode, opener, await self._vmstate(opener))
+        raise StateError(f"{node.name!r} can't be opened", errno.EACCES)
+
+    async def truncate(self, node: Node, length: int, pid: int, by: Handle | None) -> None:
+        """Give a RAM block its size; a shell truncates ctl and settings before it writes them: no matter.
+
+        ``pid`` is who wants it, ``by`` the open file by which he does (ftruncate(2)).
+        """
+        if node.kind is NodeKind.RAM:
+            has_size = self._guest.blocks[node.subject].used_length > 0
+            in_use = not has_size and await self._ram_files.in_use(node.inode, but=by)
+            with _refusal_logged("truncate", pid):
+                self._guest.give_size(node.subject, length, in_use=in_use)
+        elif node.kind not in (NodeKind.CTL, NodeKind.PARAMETER, NodeKind.CAPABILITY):
+            raise CommandError(f"{node.name!r} has no size that could be set", errno.EPERM)
+
+    async def _vmstate(self, opener: Opener) -> bytes:
+        """The stream that starts a machine on this RAM, for whoever has this RAM as his own."""
+        guest, ram_files = self._guest, self._ram_files
+        await self._page_cache.flush(list(guest.blocks))  # the kernel may hold pages that a machine has written
+        left_out = backends_on(guest, self._options.backends)
+        user, others = await trio.to_thread.run_sync(
+            ram_users, opener.pid, ram_files.openers, ram_files.files(left_out)
+        )
+        try:
+            stream = await vmstate(guest, left_out, user, others)
+        except StateError as error:
+            log.warning("vmstate was refused to process %d: %s", opener.pid, error)
+            guest.vmstate_refusal = str(error)
+            raise
+        guest.vmstate_refusal = None
+        return stream
