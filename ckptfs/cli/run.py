@@ -9,19 +9,15 @@ import argparse
 import os
 import shlex
 import shutil
-import signal
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
 
-import trio
-
 from ckptfs.channels.backing_file import FileSource
 from ckptfs.errors import CheckpointError, CommandError, StateError
-from ckptfs.guest.guest import leading_error
 from ckptfs.guest.resume import check_mappable, inherited_file, vmstate_of
 from ckptfs.mapped_ram.bitmap import PagesBitmap
 from ckptfs.mapped_ram.checkpoint import Checkpoint, read_checkpoint
@@ -29,7 +25,6 @@ from ckptfs.mapped_ram.ramblock import RAMBlock
 from ckptfs.qemu.backends import is_backend
 from ckptfs.qemu.clones import Clone, MACAddresses, arguments_of
 from ckptfs.qemu.command_line import Option, escaped, join, parse, without_memory
-from ckptfs.qemu.herd import Member, end, start, wait_until_ended, wait_until_running
 
 _PROGRAMS = {
     "pc": "qemu-system-x86_64",
@@ -92,10 +87,27 @@ def run(arguments: argparse.Namespace) -> int:
             return 0
         vmstate = inherited_file("ckptfs:vmstate", resumed.vmstate())
         options = _resuming(resumed, options, f"/proc/self/fd/{resumed.fd}", f"/proc/self/fd/{vmstate}")
+        descriptors = (resumed.fd, vmstate)
         if arguments.count is None:
-            _become(program, options, (resumed.fd, vmstate))
-        _run_clones(resumed, program, options, (resumed.fd, vmstate), arguments)
+            _become(program, options, descriptors)
+        from ckptfs.cli.clones import run_clones  # trio is slow to import
+
+        directory = os.path.abspath(arguments.directory or tempfile.mkdtemp(prefix="ckptfs-clones-"))
+        os.makedirs(directory, exist_ok=True)
+        name = os.path.basename(resumed.path)
+        clones = [Clone(number, directory, f"{name}-{number}") for number in range(1, arguments.count + 1)]
+        addresses, has_serial = MACAddresses(), _has_serial_line(resumed.checkpoint)
+
+        def command(clone: Clone) -> list[str]:
+            own = arguments_of(clone, options, addresses, has_serial=has_serial, snapshot=arguments.snapshot)
+            return [program, *join(own)]
+
+        run_clones(clones, command, descriptors)
     return 0
+
+
+def _has_serial_line(checkpoint: Checkpoint) -> bool:
+    return any(section.idstr in _SERIAL_SECTIONS for section in checkpoint.sections)
 
 
 def _resuming(resumed: Resumed, options: Sequence[Option], path: str, vmstate: str) -> list[Option]:
@@ -137,60 +149,3 @@ def _become(program: str, options: Sequence[Option], descriptors: Sequence[int])
     for descriptor in descriptors:
         os.set_inheritable(descriptor, True)
     os.execv(program, [program, *join(options)])
-
-
-def _run_clones(
-    resumed: Resumed,
-    program: str,
-    options: Sequence[Option],
-    descriptors: Sequence[int],
-    arguments: argparse.Namespace,
-) -> None:
-    """Start ``--count`` clones, say when all run, and end them when this ends."""
-    directory = arguments.directory or tempfile.mkdtemp(prefix="ckptfs-clones-")
-    os.makedirs(directory, exist_ok=True)
-    directory = os.path.abspath(directory)
-    name = os.path.basename(resumed.path)
-    clones = [Clone(number, directory, f"{name}-{number}") for number in range(1, arguments.count + 1)]
-    has_serial = any(section.idstr in _SERIAL_SECTIONS for section in resumed.checkpoint.sections)
-    addresses = MACAddresses()
-    commands = [
-        [
-            program,
-            *join(arguments_of(clone, options, addresses, has_serial=has_serial, snapshot=arguments.snapshot)),
-        ]
-        for clone in clones
-    ]
-    try:
-        trio.run(_herd, clones, commands, descriptors)
-    except BaseExceptionGroup as group:
-        raise leading_error(group) from None
-
-
-async def _herd(clones: Sequence[Clone], commands: Sequence[Sequence[str]], descriptors: Sequence[int]) -> None:
-    members: list[Member] = []
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(_cancel_on_signal, signals, nursery.cancel_scope)
-            try:
-                for clone, command in zip(clones, commands, strict=True):
-                    members.append(start(clone, command, descriptors))
-                for member in members:
-                    await wait_until_running(member)
-                print(
-                    f"{len(members)} clones run: N.qmp, N.serial and N.log are in {clones[0].directory}", flush=True
-                )
-                await wait_until_ended(members, lambda text: print(text, flush=True))
-            finally:
-                with trio.CancelScope(shield=True):
-                    await end(members)
-            nursery.cancel_scope.cancel()
-
-
-async def _cancel_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
-    async for _ in signals:
-        scope.cancel()
-
-
-def _tell(text: str) -> None:
-    print(text, flush=True)
