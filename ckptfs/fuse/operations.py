@@ -9,7 +9,7 @@ import errno
 import functools
 import logging
 from collections.abc import Callable, Coroutine, Sequence
-from typing import Any, ParamSpec, TypeVar, cast
+from typing import Any, NoReturn, ParamSpec, TypeVar, cast
 
 import pyfuse3
 import trio
@@ -167,6 +167,12 @@ class Operations(pyfuse3.Operations):
     async def listxattr(self, inode: InodeT, ctx: RequestContext) -> Sequence[bytes]:
         """The names of those."""
         return list(self._nodes.xattrs(self._node(inode)))
+
+    async def _not_permitted(self, *_: Any, **__: Any) -> NoReturn:
+        """Names and links are the mount's own; without a handler the kernel would say ENOSYS."""
+        raise FUSEError(errno.EPERM)
+
+    mknod = mkdir = symlink = link = rename = unlink = rmdir = _not_permitted
 
     # ---- open files --------------------------------------------------------------------------------
 

@@ -15,13 +15,13 @@ import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import Enum, auto
-from errno import EEXIST
+from errno import EEXIST, ENAMETOOLONG
 from itertools import count
 
-from ckptfs.errors import StateError
+from ckptfs.errors import CommandError, StateError
 from ckptfs.migration.capabilities import CAPABILITIES
 from ckptfs.migration.parameters import PARAMETERS
-from ckptfs.namespace.names import encode_name
+from ckptfs.namespace.names import NAME_MAX, encode_name
 from ckptfs.namespace.status import BlockStatus
 
 ROOT_INODE = 1
@@ -153,7 +153,12 @@ class Tree:
         return replace(node, inode=next(self._ctl_inodes)) if node is CTL else node
 
     def lookup(self, parent_inode: int, name: bytes) -> Node | None:
-        """The node of that name in a directory, if there is one; ``.`` and ``..`` too."""
+        """The node of that name in a directory, if there is one; ``.`` and ``..`` too.
+
+        Raises CommandError (ENAMETOOLONG) for what can't be a name in any.
+        """
+        if len(name) > NAME_MAX:
+            raise CommandError(f"a name has at most {NAME_MAX} bytes, not {len(name)}", ENAMETOOLONG)
         parent = self._nodes.get(parent_inode)
         if parent is None or not parent.is_directory:
             return None

@@ -60,3 +60,12 @@ def public() -> Iterator[Path]:
 def fresh(mount: Mount, tmp_path: Path) -> Mounted:
     """A new guest of 16 MiB, to be saved to `tmp_path / "checkpoint"`."""
     return mount(tmp_path / "checkpoint", "ram=pc.ram:16M")
+
+
+@pytest.fixture(scope="module")
+def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounted]:
+    """A new guest of 1 MiB for all tests of a module, none of which changes anything that the others look at."""
+    directory = tmp_path_factory.mktemp("standing")
+    mounted = Mounted(directory / "checkpoint", directory / "mnt", directory / "log", "ram=pc.ram:1M")
+    yield mounted
+    mounted.clean_up()

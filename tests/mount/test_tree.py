@@ -5,6 +5,7 @@ import json
 import mmap
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -166,18 +167,54 @@ def test_ram_ends_where_it_ends(fresh: Mounted) -> None:
         assert os.pread(file.fileno(), 100, 16 * MiB) == b""
 
 
-def test_nothing_else_can_be_made_or_removed(incoming: Mounted) -> None:
-    with pytest.raises(OSError, match=r"not permitted|not implemented"):
-        (incoming.path / "file").write_bytes(b"")
-    with pytest.raises(OSError, match=r"not permitted|not implemented"):
-        (incoming.path / "folder").mkdir()
-    for path in (incoming.ram / "pc.ram", incoming.path / "ctl"):
-        with pytest.raises(OSError, match=r"not permitted|not implemented"):
-            path.unlink()
-        with pytest.raises(OSError, match=r"not permitted|not implemented"):
-            path.rename(incoming.path / "elsewhere")
-        with pytest.raises(OSError, match=r"not permitted|not implemented"):
-            path.chmod(0o777)
+CHANGES = {
+    "a file": lambda path: (path / "file").touch(),
+    "mkdir": lambda path: (path / "folder").mkdir(),
+    "mkdir in ram": lambda path: (path / "ram/folder").mkdir(),
+    "rmdir": lambda path: (path / "pages").rmdir(),
+    "rm": lambda path: (path / "ram/pc.ram").unlink(),
+    "rm ctl": lambda path: (path / "ctl").unlink(),
+    "mv": lambda path: (path / "ram/pc.ram").rename(path / "ram/other"),
+    "mv over another": lambda path: (path / "status").replace(path / "ctl"),
+    "mv a folder": lambda path: (path / "ram").rename(path / "memory"),
+    "ln": lambda path: (path / "ram/other").hardlink_to(path / "ram/pc.ram"),
+    "ln -s": lambda path: (path / "ram/other").symlink_to("pc.ram"),
+    "mknod": lambda path: os.mknod(path / "ram/other", stat.S_IFCHR | 0o600, os.makedev(1, 3)),
+    "mkfifo": lambda path: os.mkfifo(path / "ram/other"),
+    "chmod": lambda path: (path / "ctl").chmod(0o777),
+    "chown": lambda path: os.chown(path / "ram/pc.ram", 1, 1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_nothing_else_can_be_made_or_removed(change: Callable[[Path], None], standing: Mounted) -> None:
+    before = sorted(standing.path.rglob("*"))
+    with pytest.raises(OSError, match="Operation not permitted") as caught:
+        change(standing.path)
+    assert caught.value.errno == errno.EPERM
+    assert sorted(standing.path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    "use",
+    [os.stat, os.mkdir, os.unlink, lambda path: os.open(path, os.O_RDWR | os.O_CREAT)],
+    ids=["stat", "mkdir", "unlink", "open"],
+)
+@pytest.mark.parametrize("folder", ["", "ram"])
+def test_a_name_that_is_too_long(folder: str, use: Callable[[Path], None], standing: Mounted) -> None:
+    with pytest.raises(OSError, match="File name too long") as caught:
+        use(standing.path / folder / ("x" * 256))
+    assert caught.value.errno == errno.ENAMETOOLONG
+    with pytest.raises(FileNotFoundError):
+        os.stat(standing.path / folder / ("x" * 255))
+
+
+def test_extended_attributes_of_others_are_not_supported(standing: Mounted) -> None:
+    path = standing.ram / "pc.ram"
+    with pytest.raises(OSError, match="not supported"):
+        os.setxattr(path, "user.mine", b"x")
+    with pytest.raises(OSError, match="not supported"):
+        os.removexattr(path, "user.ckptfs.idstr")
 
 
 def test_settings_are_files(fresh: Mounted) -> None:

@@ -1,7 +1,7 @@
 """The tree: interface and invariants."""
 
 import stat
-from errno import EEXIST
+from errno import EEXIST, ENAMETOOLONG
 
 import pytest
 from hypothesis import given
@@ -100,7 +100,7 @@ def test_dots() -> None:
     assert tree.lookup(nodes.ROOT.inode, b"..") is nodes.ROOT
 
 
-@pytest.mark.parametrize("name", [b"", b"x", b"RAM", b"ram/", b"\xff", b"a" * 1000])
+@pytest.mark.parametrize("name", [b"", b"x", b"RAM", b"ram/", b"\xff", b"a" * 255])
 def test_what_is_not_there(name: bytes) -> None:
     tree = Tree(["pc.ram"])
     assert tree.lookup(nodes.ROOT.inode, name) is None
@@ -136,3 +136,12 @@ def test_extended_attributes() -> None:
         b"user.ckptfs.read_pages": b"3",
         b"user.ckptfs.written_pages": b"4",
     }
+
+
+def test_a_name_that_no_directory_can_hold() -> None:
+    tree = Tree(["pc.ram"])
+    for directory in (nodes.ROOT, nodes.RAM):
+        assert tree.lookup(directory.inode, b"x" * 255) is None
+        with pytest.raises(CommandError) as caught:
+            tree.lookup(directory.inode, b"x" * 256)
+        assert caught.value.errno == ENAMETOOLONG
