@@ -6,9 +6,14 @@ positional I/O in a worker thread. The channel knows its descriptor, the limit o
 All channels are created before any carries a payload, and a failure on the way closes those that were made
 (QEMU's leak fixes, migration/file.c). A descriptor is closed only when no thread is inside a payload with it:
 a number that is closed too early can be handed out again and the thread would write into another file.
+
+A storage may fall silent: a file server that went away, a file system whose daemon hangs. All payloads on a file
+have one deadline then, that of the oldest: what waits when it passes fails with it, and what comes later is a probe
+that gets a moment. The silence ends with the first answer, be it late or a probe's.
 """
 
 import contextlib
+import logging
 import math
 import os
 from collections.abc import Callable
@@ -19,10 +24,30 @@ import trio
 from ckptfs.channels.backing_file import BackingFile, DirectIO, pread, pread_exactly, pwritev_all
 from ckptfs.errors import StorageError
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 BACKING_DEADLINE = 60.0
 """Seconds after which an I/O on the backing storage counts as failed: a reader of RAM can't be interrupted."""
+
+PROBE_DEADLINE = 1.0
+"""Seconds that a payload gets while the storage is silent."""
+
+CLOSING_DEADLINE = 5.0
+"""Seconds that payloads which nobody waits for get to end before their file is given up."""
+
+
+class NoAnswerError(StorageError):
+    """The backing storage gave no answer before the deadline (EIO).
+
+    ``returned`` is set when the thread that was left behind comes back; None if there is no thread.
+    """
+
+    def __init__(self, deadline: float, returned: trio.Event | None = None) -> None:
+        """``deadline`` in seconds."""
+        super().__init__(f"the backing storage gave no answer in {deadline:g} s")
+        self.returned = returned
 
 
 class Channel:
@@ -31,6 +56,8 @@ class Channel:
     def __init__(self, fd: int, direct_io: bool) -> None:
         self._fd = fd
         self.direct_io = direct_io
+        self.given_up = False
+        """Whether nobody waits for the payload any more: it should end soon, and begin nothing new."""
 
     def pread_exactly(self, buffer: memoryview, file_offset: int) -> None:
         """Fill ``buffer`` from ``file_offset`` on; StorageError or OSError if that can't be done."""
@@ -48,6 +75,11 @@ class Channel:
         """Close the descriptor."""
         os.close(self._fd)
 
+    @property
+    def path(self) -> str:
+        """The file's name as the kernel has it now (proc(5)): that asks nothing of the storage."""
+        return os.readlink(f"/proc/self/fd/{self._fd}")
+
 
 class Channels:
     """A fixed number of channels, handed to the next payload in line; urgent payloads go first."""
@@ -60,7 +92,10 @@ class Channels:
         self._open_count = len(channels)
         self._all_closed = trio.Event()
         self._line: list[_Turn] = []
+        self._waits: dict[Channel, trio.CancelScope] = {}  # for each payload under way, whoever waits for it or did
+        self._left_behind: dict[Channel, trio.Event] = {}
         self._answered = -math.inf  # when a payload last ended, in trio's time
+        self._silent_since: float | None = None  # as it was logged
         self._limiter = trio.CapacityLimiter(math.inf)  # the channels themselves are the limit
         self._closed = False
 
@@ -81,23 +116,54 @@ class Channels:
     async def carry(self, payload: Callable[[Channel], T], *, urgent: bool = False) -> T:
         """Run ``payload`` on the next idle channel, in a worker thread, and return what it returns.
 
-        Raises what the payload raises, and StorageError (EIO) when the backing storage gives no answer
+        Raises what the payload raises, and NoAnswerError (EIO) when the backing storage gives no answer
         before the deadline: the thread is then left to itself and its channel is out of service until it ends.
-        The deadline counts from when the thread begins; the line may take longer, as long as it moves.
+        The deadline counts from when the thread begins, or for all from when the storage fell silent; the line may
+        take longer, as long as it moves.
         """
         channel = await self._next_idle(payload, urgent)
         # trio.fail_after says the same, and costs several times as much for every read
-        with trio.CancelScope(deadline=trio.current_time() + self._deadline):
+        with trio.CancelScope(deadline=trio.current_time() + self._patience) as wait:
+            self._waits[channel] = wait
             return await self._run(payload, channel)
-        raise self._no_answer()
+        left_behind = self._waits.get(channel) is wait  # and not returned just now
+        returned = self._left_behind.setdefault(channel, trio.Event()) if left_behind else None
+        self._note_silence(channel)
+        raise NoAnswerError(self._deadline, returned)
+
+    @property
+    def silent(self) -> bool:
+        """Whether all that is under way has waited for the whole deadline, and nothing was answered meanwhile."""
+        return self._silence_begins <= trio.current_time()
+
+    @property
+    def _silence_begins(self) -> float:
+        """When the storage will have to be called silent."""
+        oldest = min((wait.deadline for wait in self._waits.values()), default=math.inf)
+        return max(self._answered + self._deadline, oldest)
+
+    @property
+    def _patience(self) -> float:
+        """Seconds for the next payload."""
+        return min(PROBE_DEADLINE, self._deadline) if self.silent else self._deadline
+
+    def _note_silence(self, channel: Channel) -> None:
+        """If none is answered at all, those who wait beside ``channel`` need not wait any longer."""
+        if self._silent_since is not None or not self.silent:
+            return
+        self._silent_since = trio.current_time() - self._deadline
+        log.error(
+            "%s: the storage gave no answer in %g s: until it does, what needs it fails",
+            channel.path,
+            self._deadline,
+        )
+        for wait in self._waits.values():
+            wait.cancel()
 
     def hurry(self, payload: Callable[[Channel], object]) -> None:
         """Make ``payload`` urgent, if it is still in the line: it keeps the place of its arrival."""
         for turn in self._line:
             turn.urgent |= turn.payload is payload
-
-    def _no_answer(self) -> StorageError:
-        return StorageError(f"the backing storage gave no answer in {self._deadline:g} s")
 
     async def _run(self, payload: Callable[[Channel], T], channel: Channel) -> T:
         trio_token = trio.lowlevel.current_trio_token()
@@ -109,16 +175,28 @@ class Channels:
                 return payload(channel)
             finally:
                 try:
-                    trio_token.run_sync_soon(self._release, channel)
+                    trio_token.run_sync_soon(self._ended, channel)
                 except trio.RunFinishedError:
                     channel.close()
 
         try:
             return await trio.to_thread.run_sync(run, abandon_on_cancel=True, limiter=self._limiter)
+        except trio.Cancelled:
+            channel.given_up = True
+            raise
         finally:
             with contextlib.suppress(IndexError):  # the thread had it, or takes it just now
                 duty.pop()  # cancelled before the thread was started: if it is just starting, its pop fails
                 self._release(channel)
+
+    def _ended(self, channel: Channel) -> None:
+        """The storage has answered, in whatever way."""
+        self._answered = trio.current_time()
+        if self._silent_since is not None:
+            seconds = self._answered - self._silent_since
+            log.info("%s: the storage answers again, after %.0f s", channel.path, seconds)
+            self._silent_since = None
+        self._release(channel)
 
     async def _next_idle(self, payload: Callable[[Channel], object], urgent: bool) -> Channel:
         if self._closed:
@@ -140,17 +218,19 @@ class Channels:
         return turn.channel
 
     async def _wait_for(self, turn: "_Turn") -> None:
-        """Wait in the line; StorageError when nobody in it got an answer for as long as the deadline is."""
-        arrived = trio.current_time()
+        """Wait in the line; NoAnswerError when nobody at all was answered for as long as the deadline is."""
         while not turn.come.is_set():
-            deadline = max(arrived, self._answered) + self._deadline
-            if deadline <= trio.current_time():
-                raise self._no_answer()
-            with trio.CancelScope(deadline=deadline):
+            if self.silent:
+                self._note_silence(next(iter(self._waits)))
+                raise NoAnswerError(self._deadline)
+            with trio.CancelScope(deadline=self._silence_begins):
                 await turn.come.wait()
 
     def _release(self, channel: Channel) -> None:
-        self._answered = trio.current_time()
+        self._waits.pop(channel, None)
+        if channel in self._left_behind:
+            self._left_behind.pop(channel).set()
+        channel.given_up = False
         if self._closed:
             self._close(channel)
         elif self._line:
@@ -171,9 +251,9 @@ class Channels:
             self._close(self._idle.pop())
 
     async def aclose(self) -> None:
-        """Close, and wait for payloads that still run: none may touch the file later. Not past the deadline."""
+        """Close, and wait a while for payloads that still run: none should touch the file later."""
         self.close()
-        with trio.move_on_after(self._deadline, shield=True):
+        with trio.move_on_after(min(CLOSING_DEADLINE, self._deadline), shield=True):
             await self._all_closed.wait()
 
     def _close(self, channel: Channel) -> None:

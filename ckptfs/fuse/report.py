@@ -92,6 +92,7 @@ def describe_mount(guest: Guest, origin: Origin, last_command: str | None, last_
         overlay_bytes=held,
         set_aside_pages=set_aside,
         waiting_readers=guest.waiting_readers,
+        storage=_storage(guest),
         time_to_first_byte=origin.milliseconds_until(guest.first_byte_at),
         time_to_full=origin.milliseconds_until(guest.full_at),
         blocks=blocks,
@@ -117,6 +118,14 @@ def _writers(guest: Guest) -> str:
     if guest.read_only:
         return "none"
     return "running" if guest.writers_run else "stopped"
+
+
+def _storage(guest: Guest) -> str:
+    unanswered = [] if guest.base is None else guest.base.unanswered
+    if not unanswered:
+        return "ok"
+    pages = ", ".join(f"{late.idstr} {late.start} to {late.stop - 1}" for late in unanswered)
+    return f"silent: no answer for pages {pages}"
 
 
 def _vmstate(guest: Guest) -> str:

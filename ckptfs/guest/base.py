@@ -14,7 +14,7 @@ import trio
 
 from ckptfs.channels.backing_file import BackingFile, DirectIO, FileSource, OpenedFile
 from ckptfs.channels.buffers import AlignedBuffers
-from ckptfs.channels.channels import BACKING_DEADLINE, Channel, Channels
+from ckptfs.channels.channels import BACKING_DEADLINE, Channel, Channels, NoAnswerError
 from ckptfs.errors import CheckpointError, CkptfsError, CommandError, StorageError
 from ckptfs.guest.block import BaseBlock
 from ckptfs.guest.pages import MappedPages, PageSource, RecordedPages
@@ -26,6 +26,9 @@ from ckptfs.mapped_ram.ramblock import RAMBlock
 from ckptfs.mapped_ram.stream import Cursor, is_mapped_ram, read_stream_header, uuid_of
 
 log = logging.getLogger(__name__)
+
+_OF_SOME_PAGES = {errno.EIO, errno.ENODATA, errno.EILSEQ, errno.EREMOTEIO, errno.EBADMSG, errno.EUCLEAN}
+"""Errors of single sectors (Linux, block/blk-core.c, blk_errors) and checksums; others are the whole file's."""
 
 
 class BadPagesError(StorageError):
@@ -85,6 +88,17 @@ class _Fetch:
         return data
 
 
+@dataclass(frozen=True)
+class Unanswered:
+    """Pages [start, stop) of a block that a thread waits for past its deadline."""
+
+    idstr: str
+    start: int
+    stop: int
+    returned: trio.Event
+    """Set when the thread comes back."""
+
+
 class Base:
     """An open checkpoint; ``blocks`` by idstr. Its device state is held in memory, its pages stay in the file."""
 
@@ -122,6 +136,7 @@ class Base:
         self.direct_io = channels.direct_io if direct_io.wanted else None
         self._buffers = AlignedBuffers()
         self._in_flight: dict[str, list[_Fetch]] = {idstr: [] for idstr in self.blocks}
+        self._unanswered: list[Unanswered] = []
 
     def lies_in(self, file: BackingFile) -> bool:
         """Whether ``file`` is the one that this checkpoint is in; not to be asked once it is closed."""
@@ -136,8 +151,12 @@ class Base:
 
         One I/O for each run of pages, all on one channel; a reader of pages that somebody is reading already
         waits for him, and makes his read urgent if its own would be. Raises BadPagesError for pages that can't be
-        read, StorageError if the base was closed.
+        read, StorageError if the base was closed, NoAnswerError if the storage is silent: at once, where a thread
+        waits for these pages past its deadline, as the kernel asks again for what it did not get.
         """
+        for late in self._unanswered and self.unanswered:
+            if late.idstr == idstr and late.start < stop and start < late.stop:
+                raise NoAnswerError(self.deadline)
         while (shared := self._under_way(idstr, start, stop)) is not None:
             if urgent:
                 shared.hurry()
@@ -152,11 +171,24 @@ class Base:
             await self._read(fetch, idstr, page_size, urgent)
         except (CkptfsError, OSError) as error:
             fetch.error = error
+            if isinstance(error, NoAnswerError) and error.returned is not None:
+                self._note_unanswered(Unanswered(idstr, start, stop, error.returned), str(error))
             raise
         finally:
             self._in_flight[idstr].remove(fetch)
             fetch.ended.set()
         return fetch.part(idstr, start, stop, page_size)
+
+    def _note_unanswered(self, late: Unanswered, reason: str) -> None:
+        self._unanswered.append(late)
+        pages = f"pages {late.start} to {late.stop - 1}"
+        log.error("%s: %s can't be read from the checkpoint: %s", late.idstr, pages, reason)
+
+    @property
+    def unanswered(self) -> list[Unanswered]:
+        """The pages that the storage gave no answer for, and owes one still."""
+        self._unanswered = [late for late in self._unanswered if not late.returned.is_set()]
+        return self._unanswered
 
     def _under_way(self, idstr: str, start: int, stop: int) -> _Fetch | None:
         """A read of all these pages that somebody waits for."""
@@ -288,8 +320,11 @@ def _read_run(
         pages.read(channel, part, run)
     except (OSError, CkptfsError) as error:
         reason = str(error)
-        bad = _bad_pages(channel, part, pages, run, page_size) or dict.fromkeys(range(*run), reason)
-        log.error("%s: page(s) %s can't be read from the checkpoint: %s", idstr, list(bad), reason)
+        bad = dict.fromkeys(range(*run), reason)
+        if not isinstance(error, OSError) or error.errno in _OF_SOME_PAGES:
+            bad = _bad_pages(channel, part, pages, run, page_size) or bad
+        if not channel.given_up:
+            log.error("%s: page(s) %s can't be read from the checkpoint: %s", idstr, list(bad), reason)
         return bad
     return {}
 
@@ -298,6 +333,8 @@ def _bad_pages(channel: Channel, part: memoryview, pages: PageSource, run: Run, 
     """Find out which pages of a failed read are the bad ones (a loop over the pages of one failed request)."""
     bad = {}
     for page in range(run.start, run.stop):
+        if channel.given_up:
+            break
         at = (page - run.start) * page_size
         try:
             pages.read(channel, part[at : at + page_size], Run(page, page + 1))

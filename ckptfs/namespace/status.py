@@ -77,6 +77,8 @@ class Status:
     set_aside_pages: int
     """Pages kept in their former state for the running save."""
     waiting_readers: int
+    storage: str
+    """``ok``, or which pages of the base the storage gives no answer for."""
     time_to_first_byte: int | None
     """Milliseconds from the mount to the first page that was served."""
     time_to_full: int | None
@@ -157,6 +159,7 @@ def _values(status: Status) -> dict[str, Any]:
         "overlay-bytes": status.overlay_bytes,
         "set-aside-pages": status.set_aside_pages,
         "waiting-readers": status.waiting_readers,
+        "storage": status.storage,
         "time-to-first-byte": status.time_to_first_byte,
         "time-to-full": status.time_to_full,
         "bad-page-count": status.bad_page_count,

@@ -10,7 +10,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from ckptfs.channels.backing_file import DirectIO, OpenedFile
-from ckptfs.channels.channels import Channel, Channels
+from ckptfs.channels.channels import PROBE_DEADLINE, Channel, Channels, NoAnswerError
 from ckptfs.errors import StorageError
 from tests.doubles.storage import open_descriptors
 
@@ -289,21 +289,32 @@ async def abandon(channels: Channels, payload: Payload) -> None:
 # --- the deadline -----------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def silence(expect_log: Callable[[str], None]) -> None:
+    """The storage falls silent in this test, and the log has to say so."""
+    expect_log(r"ERROR ckptfs\.channels\.channels: .*/backing: the storage gave no answer in .* s: until it does")
+
+
+async def fails_for_want_of_an_answer(channels: Channels, payload: Payload) -> None:
+    """Carry a payload that gets no answer in time."""
+    with pytest.raises(NoAnswerError, match=r"no answer in 10 s") as error:
+        await channels.carry(payload)
+    assert error.value.errno == errno.EIO
+    if payload.started.is_set():
+        assert error.value.returned is not None
+        assert not error.value.returned.is_set()
+
+
+@pytest.mark.usefixtures("silence")
 async def test_storage_that_gives_no_answer_is_an_io_error(
     open_channels: Callable[..., Channels], mock_clock: MockClock
 ) -> None:
-    channels = open_channels(2, deadline=7.5)
+    channels = open_channels(2, deadline=10)
     stuck = Payload()
     async with trio.open_nursery() as nursery:
-
-        async def carry() -> None:
-            with pytest.raises(StorageError, match=r"no answer in 7\.5 s") as error:
-                await channels.carry(stuck)
-            assert error.value.errno == errno.EIO
-
-        nursery.start_soon(carry)
+        nursery.start_soon(fails_for_want_of_an_answer, channels, stuck)
         await stuck.wait_started()
-        mock_clock.jump(7)
+        mock_clock.jump(9)
         await wait_all_tasks_blocked()
         assert nursery.child_tasks
         mock_clock.jump(1)
@@ -326,10 +337,12 @@ async def test_a_line_that_moves_has_no_deadline(
         for payload in slow:
             await payload.wait_started()
             mock_clock.jump(7)
+            await wait_all_tasks_blocked()  # a deadline that had passed would have been seen
             await payload.end()
     await assert_all_in_service(channels)
 
 
+@pytest.mark.usefixtures("silence")
 async def test_a_line_that_does_not_move_is_an_io_error(
     open_channels: Callable[..., Channels], mock_clock: MockClock
 ) -> None:
@@ -337,15 +350,78 @@ async def test_a_line_that_does_not_move_is_an_io_error(
     stuck, waiting = Payload(), Payload()
     await abandon(channels, stuck)
     async with trio.open_nursery() as nursery:
-
-        async def carry() -> None:
-            with pytest.raises(StorageError, match="no answer in 10 s"):
-                await channels.carry(waiting)
-
-        nursery.start_soon(carry)
+        nursery.start_soon(fails_for_want_of_an_answer, channels, waiting)
         await wait_all_tasks_blocked()
         mock_clock.jump(10)
     assert not waiting.started.is_set()
+    await stuck.end()
+    await assert_all_in_service(channels)
+
+
+@pytest.mark.usefixtures("silence")
+async def test_the_deadline_of_the_oldest_is_that_of_all_who_wait(
+    open_channels: Callable[..., Channels], mock_clock: MockClock
+) -> None:
+    channels = open_channels(2, deadline=10)
+    stuck = [Payload(), Payload()]
+    waiting = Payload()
+    async with trio.open_nursery() as nursery:
+        for payload in stuck:
+            nursery.start_soon(fails_for_want_of_an_answer, channels, payload)
+            await payload.wait_started()
+            mock_clock.jump(4)
+        nursery.start_soon(fails_for_want_of_an_answer, channels, waiting)
+        await wait_all_tasks_blocked()
+        assert len(nursery.child_tasks) == 3
+        mock_clock.jump(2)
+    assert not waiting.started.is_set()
+    for payload in stuck:
+        await payload.end()
+    await assert_all_in_service(channels)
+
+
+@pytest.mark.usefixtures("silence")
+async def test_what_comes_in_a_silence_gets_a_moment_and_the_first_answer_ends_it(
+    open_channels: Callable[..., Channels], mock_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "ckptfs")
+    channels = open_channels(3, deadline=10)
+    stuck = [Payload(), Payload()]
+    for payload, patience in zip(stuck, (10, PROBE_DEADLINE), strict=True):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fails_for_want_of_an_answer, channels, payload)
+            await payload.wait_started()
+            mock_clock.jump(patience)
+    assert channels.silent
+    assert await channels.carry(lambda channel: "a probe") == "a probe"
+    assert not channels.silent
+    assert [record.levelname for record in caplog.records] == ["ERROR", "INFO"]
+    assert caplog.messages[1].endswith("the storage answers again, after 11 s")
+    late = Payload()
+    async with carrying(channels, late):
+        mock_clock.jump(9)
+        await wait_all_tasks_blocked()
+        assert not channels.silent
+    for payload in stuck:
+        await payload.end()
+    await assert_all_in_service(channels)
+
+
+async def test_where_others_are_answered_one_that_is_not_fails_alone(
+    open_channels: Callable[..., Channels], mock_clock: MockClock
+) -> None:
+    channels = open_channels(2, deadline=10)
+    stuck, slow = Payload(), Payload()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(fails_for_want_of_an_answer, channels, stuck)
+        await stuck.wait_started()
+        mock_clock.jump(4)
+        await channels.carry(lambda channel: None)
+        async with carrying(channels, slow):
+            mock_clock.jump(6)
+            await wait_all_tasks_blocked()
+            assert len(nursery.child_tasks) == 0
+            assert not channels.silent
     await stuck.end()
     await assert_all_in_service(channels)
 

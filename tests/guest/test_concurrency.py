@@ -511,8 +511,10 @@ async def test_writers_that_are_held_wait_and_readers_do_not(guest: Guest, tmp_p
 
 
 async def test_a_backing_storage_that_gives_no_answer_is_an_error_for_all_who_wait(
-    golden: Path, reads: GatedReads
+    golden: Path, reads: GatedReads, expect_log: Callable[[str], None]
 ) -> None:
+    expect_log(r"ERROR ckptfs\.channels\.channels: .*/golden: the storage gave no answer in 0.05 s")
+    expect_log(r"ERROR ckptfs\.guest\.base: pc\.ram: pages 0 to 0 can't be read from the checkpoint: .* no answer")
     before = open_descriptors()
     guest = Guest.incoming(open_base(golden, channel_count=2, deadline=0.05))
     reads.shut()

@@ -25,6 +25,7 @@ IDLE = Status(
     overlay_bytes=4096,
     set_aside_pages=0,
     waiting_readers=0,
+    storage="ok",
     time_to_first_byte=None,
     time_to_full=None,
     last_command="save",
@@ -71,6 +72,7 @@ restored no
 overlay-bytes 4096
 set-aside-pages 0
 waiting-readers 0
+storage ok
 time-to-first-byte none
 time-to-full none
 bad-page-count 0
