@@ -6,26 +6,34 @@ it, so that a second try would "succeed" with data lost.
 
 The parent directory is opened once and everything after that goes through its descriptor. What is replaced
 is a regular file that is a checkpoint, or empty: never a symlink, a device, a FIFO, a hard link, or
-somebody's letters.
+somebody's letters. Where a version of it is expected, no other is replaced either. It is looked at when the save
+begins and again, locked (flock(2)), just before the rename: of two daemons that race, one is refused.
 """
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import os
 import secrets
 import stat
+import time
+from collections.abc import Iterator
 from typing import Protocol
 
 from ckptfs.channels.backing_file import BackingFile, DirectIO, OpenedFile, pread, pwrite_all
 from ckptfs.channels.descriptors import Descriptors, describe_address
 from ckptfs.channels.identity import Identity
-from ckptfs.errors import CommandError, StorageError
+from ckptfs.channels.version import NOTHING, FileVersion
+from ckptfs.errors import CommandError, StateError, StorageError
 from ckptfs.mapped_ram.stream import MAGIC
 from ckptfs.migration.address import FdAddress, SeekableAddress
 
 _SUFFIX = ".ckptfs-partial"
 _COPY_LENGTH = 1 << 24
+_RENAME_NOREPLACE = 1
+_WAYS_OUT = "save elsewhere (`save /PATH`), or replace it with `save force`"
+_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Target(Protocol):
@@ -57,6 +65,11 @@ class Target(Protocol):
     def publish(self) -> None:
         """Make it durable under its final name."""
 
+    @property
+    def published(self) -> FileVersion | None:
+        """What has the final name now, also where `publish` failed after that; None if it was not reached."""
+        ...
+
     def discard(self) -> None:
         """Give it up."""
 
@@ -74,6 +87,7 @@ class HandedTarget:
         self._stream_offset = stream_offset
         self._descriptors = descriptors
         self._begun = self._ended = False
+        self.published: FileVersion | None = None
 
     def keep_prefix(self) -> None:
         """Cut the file there: what lies before it stays."""
@@ -101,6 +115,7 @@ class HandedTarget:
 
     def publish(self) -> None:
         """It is durable already."""
+        self.published = FileVersion.of(self.file.fd)
         self._close()
 
     def discard(self) -> None:
@@ -120,9 +135,22 @@ class HandedTarget:
 class PathTarget:
     """A temporary file on its way to a path."""
 
-    def __init__(self, path: str, stream_offset: int, identity: Identity, forbidden_device: int) -> None:
-        """Raises CommandError for a path that must not be replaced, or lies on the own mount; OSError."""
+    def __init__(
+        self,
+        path: str,
+        stream_offset: int,
+        identity: Identity,
+        forbidden_device: int,
+        expected: FileVersion | None = None,
+    ) -> None:
+        """``expected``: replace this version of the file and no other; None: any that may be replaced.
+
+        Raises CommandError for a path that must not be replaced, or lies on the own mount; StateError (ESTALE) for
+        another version; OSError.
+        """
         self.path = path
+        self._expected = expected
+        self.published: FileVersion | None = None
         self._stream_offset = stream_offset
         self._identity = identity
         self._ended = False
@@ -132,7 +160,9 @@ class PathTarget:
         with identity.assumed():
             self._directory = _open_directory(parent or "/", forbidden_device)
         try:
-            self._check_replaceable()
+            former = self._open_former()
+            if former is not None:
+                os.close(former)
             self._remove_leftovers()
             self._temporary = f"{self._temporary_prefix()}{secrets.token_hex(6)}{_SUFFIX}"
             with identity.assumed():
@@ -184,11 +214,27 @@ class PathTarget:
     def publish(self) -> None:
         """Make the file durable and give it its final name."""
         os.fdatasync(self.file.fd)
-        self._check_replaceable()
-        with self._identity.assumed():
-            os.rename(self._temporary, self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+        version = FileVersion.of(self.file.fd)  # a rename changes none of it, and after one nothing may fail
+        with self._locked_former() as there_is_one, self._identity.assumed():
+            if there_is_one:
+                os.rename(self._temporary, self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
+            else:
+                self._rename_to_new_name()
+        self.published = version
         self._sync_name()
         self._close()
+
+    def _rename_to_new_name(self) -> None:
+        """Rename, but not over a file that somebody else has made since we looked (renameat2(2))."""
+        names = os.fsencode(self._temporary), os.fsencode(self._name)
+        if _libc.renameat2(self._directory, names[0], self._directory, names[1], _RENAME_NOREPLACE) == 0:
+            return
+        code = ctypes.get_errno()
+        if code == errno.EEXIST:
+            raise StateError(f"{self.path}: was made by somebody else just now: {_WAYS_OUT}", errno.ESTALE)
+        if code not in (errno.EINVAL, errno.ENOSYS):  # network file systems do not know the flag
+            raise OSError(code, os.strerror(code), self.path)
+        os.rename(self._temporary, self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
 
     def _sync_name(self) -> None:
         try:
@@ -217,36 +263,85 @@ class PathTarget:
         """How every temporary of this name begins: with as much of it as leaves room (NAME_MAX is in bytes)."""
         return f".{os.fsdecode(os.fsencode(self._name)[:200])}."
 
-    def _check_replaceable(self) -> None:
-        """Refuse to replace anything but a regular file of one name that holds a checkpoint, or nothing yet."""
-        try:
-            old = os.stat(self._name, dir_fd=self._directory, follow_symlinks=False)
-        except FileNotFoundError:
+    @contextlib.contextmanager
+    def _locked_former(self) -> Iterator[bool]:
+        """Keep every other save from replacing the file meanwhile; yields whether there is one."""
+        former = self._open_former()
+        if former is None:
+            yield False
             return
-        if stat.S_ISDIR(old.st_mode):
+        try:
+            try:
+                fcntl.flock(former, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StateError(f"{self.path}: somebody else has locked it (flock), or replaces it now") from None
+            except OSError:
+                pass  # a file system without locks
+            if not self._has_the_name(former):
+                raise StateError(f"{self.path}: was replaced by somebody else just now: {_WAYS_OUT}", errno.ESTALE)
+            yield True
+        finally:
+            os.close(former)
+
+    def _has_the_name(self, fd: int) -> bool:
+        try:
+            named = os.stat(self._name, dir_fd=self._directory, follow_symlinks=False)
+        except FileNotFoundError:
+            return False
+        return os.path.samestat(named, os.fstat(fd))
+
+    def _open_former(self) -> int | None:
+        """Open what is under the name, None if that is nothing; refuse what must not be replaced.
+
+        It may be a regular file of one name that holds a checkpoint, or nothing yet, in the version expected.
+        """
+        try:
+            status = os.stat(self._name, dir_fd=self._directory, follow_symlinks=False)
+            self._check_kind(status)
+            with self._identity.assumed():
+                fd = os.open(
+                    self._name,
+                    os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC,
+                    dir_fd=self._directory,
+                )
+        except FileNotFoundError:
+            self._check_version(NOTHING)
+            return None
+        try:
+            self._check_version(FileVersion.of(fd))
+            self._check_content(fd)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+    def _check_kind(self, status: os.stat_result) -> None:
+        if stat.S_ISDIR(status.st_mode):
             raise CommandError(f"{self.path}: is a directory, not a file to save to", errno.EISDIR)
-        if not stat.S_ISREG(old.st_mode):
+        if not stat.S_ISREG(status.st_mode):
             raise CommandError(f"{self.path}: is not a regular file; save to another name", errno.EEXIST)
-        if old.st_nlink != 1:
-            raise CommandError(f"{self.path}: has {old.st_nlink} names (hard links)", errno.EMLINK)
-        if old.st_size > self._stream_offset and not self._holds_checkpoint():
+        if status.st_nlink != 1:
+            raise CommandError(f"{self.path}: has {status.st_nlink} names (hard links)", errno.EMLINK)
+
+    def _check_version(self, found: FileVersion) -> None:
+        if self._expected in (None, found):
+            return
+        if found == NOTHING:
+            problem = "is gone, or empty, since this mount came from it or last wrote it (is its storage mounted?)"
+        elif self._expected == NOTHING:
+            problem = "was made by somebody else since this guest was mounted"
+        else:
+            changed = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found.mtime_ns // 10**9))
+            problem = f"is not the file that this mount came from or last wrote, but one of {changed}"
+        raise StateError(f"{self.path}: {problem}: {_WAYS_OUT}", errno.ESTALE)
+
+    def _check_content(self, fd: int) -> None:
+        if os.fstat(fd).st_size > self._stream_offset and pread(fd, 4, self._stream_offset) != MAGIC.to_bytes(4):
             where = f" at byte {self._stream_offset:#x}" if self._stream_offset else ""
             raise CommandError(
                 f"{self.path}: exists and holds no checkpoint{where}; remove it or save to another name",
                 errno.EEXIST,
             )
-
-    def _holds_checkpoint(self) -> bool:
-        with self._identity.assumed():
-            fd = os.open(
-                self._name,
-                os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC,
-                dir_fd=self._directory,
-            )
-        try:
-            return pread(fd, 4, self._stream_offset) == MAGIC.to_bytes(4)
-        finally:
-            os.close(fd)
 
     def _remove_leftovers(self) -> None:
         """Remove temporaries of earlier saves to this name whose daemon is gone (nobody holds their lock)."""
@@ -283,14 +378,19 @@ def _open_directory(path: str, forbidden_device: int) -> int:
 
 
 def open_target(
-    address: SeekableAddress, identity: Identity, descriptors: Descriptors, forbidden_device: int
+    address: SeekableAddress,
+    identity: Identity,
+    descriptors: Descriptors,
+    forbidden_device: int,
+    expected: FileVersion | None = None,
 ) -> Target:
     """Begin to write a checkpoint to ``address``, whose path is absolute (blocking).
 
-    Raises CommandError for what must not be replaced, StorageError if no handed descriptor fits, OSError.
+    Raises CommandError for what must not be replaced, StateError (ESTALE) for a file that is not in the version
+    ``expected``, StorageError if no handed descriptor fits, OSError.
     """
     if isinstance(address, FdAddress):
         return HandedTarget(address, 0, descriptors)
     if address.fdset_id is not None:
         return HandedTarget(address, address.offset, descriptors)
-    return PathTarget(address.filename, address.offset, identity, forbidden_device)
+    return PathTarget(address.filename, address.offset, identity, forbidden_device, expected)

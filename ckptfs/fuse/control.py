@@ -15,6 +15,7 @@ import trio
 
 from ckptfs.channels.descriptors import describe_address
 from ckptfs.channels.identity import Identity
+from ckptfs.channels.version import NOTHING, KnownFile
 from ckptfs.errors import CkptfsError, CommandError, StateError
 from ckptfs.fuse.events import Changes
 from ckptfs.fuse.page_cache import KernelPageCache
@@ -74,6 +75,7 @@ class Control:
     ) -> None:
         self._guest = guest
         self._spec = spec
+        self._known = KnownFile(NOTHING if guest.base is None else guest.base.version)  # under the name in spec
         self._origin = origin
         self._ram_files = ram_files
         self._page_cache = page_cache
@@ -118,7 +120,9 @@ class Control:
         target = command.target or self._spec
         if target is None:
             raise CommandError("there is no file behind this mount (none): say where to save, as in `save /PATH`")
-        return SaveRequest(_absolute(target, identity), identity, command.ram_only)
+        address = _absolute(target, identity)
+        known = self._known if _same_path(address, self._spec) else None
+        return SaveRequest(address, identity, command.ram_only, known, command.force)
 
     def _refuse_busy(self) -> None:
         if self._guest.migration.running:
@@ -301,6 +305,18 @@ def _absolute(address: SeekableAddress, identity: Identity) -> SeekableAddress:
     if identity.working_directory is None:
         raise CommandError(f"{address.filename}: give the whole path, beginning with /", errno.ENOENT)
     return FileMigrationArgs(os.path.join(identity.working_directory, address.filename), address.offset)
+
+
+def _same_path(address: SeekableAddress, spec: SeekableAddress | None) -> bool:
+    """Whether both name the same file, by their text: nothing is looked up, as it may lie on our own mount."""
+    return _path_of(address) is not None and _path_of(address) == _path_of(spec)
+
+
+def _path_of(address: SeekableAddress | None) -> str | None:
+    """The path of a file that has one."""
+    if isinstance(address, FileMigrationArgs) and address.fdset_id is None:
+        return os.path.normpath(address.filename)
+    return None
 
 
 def _one_line(data: bytes) -> str:

@@ -15,6 +15,7 @@ import trio
 from ckptfs.channels.backing_file import BackingFile, DirectIO, FileSource, OpenedFile
 from ckptfs.channels.buffers import AlignedBuffers
 from ckptfs.channels.channels import BACKING_DEADLINE, Channel, Channels, NoAnswerError
+from ckptfs.channels.version import FileVersion
 from ckptfs.errors import CheckpointError, CkptfsError, CommandError, StorageError
 from ckptfs.guest.block import BaseBlock
 from ckptfs.guest.pages import MappedPages, PageSource, RecordedPages
@@ -114,6 +115,8 @@ class Base:
         self.read_count = 0
         self.deadline = options.deadline
         source = FileSource(file.fd)
+        self.version = FileVersion.of(file.fd)
+        """Which file it is, and as of when."""
         with contextlib.ExitStack() as undo:
             header = read_stream_header(Cursor(source, stream_offset))
             uuid = uuid_of(header.subsections)

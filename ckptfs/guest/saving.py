@@ -15,6 +15,7 @@ from ckptfs.channels.backing_file import DirectIO
 from ckptfs.channels.descriptors import describe_address
 from ckptfs.channels.identity import Identity
 from ckptfs.channels.target import Target, open_target
+from ckptfs.channels.version import FileVersion, KnownFile
 from ckptfs.errors import QemuError, StateError
 from ckptfs.guest.base import Base
 from ckptfs.guest.block import GuestBlock
@@ -38,11 +39,22 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SaveRequest:
-    """Where to save (a path is absolute), as whom, and whether RAM alone is meant though there is device state."""
+    """Where to save (a path is absolute), as whom, and whether RAM alone is meant though there is device state.
+
+    ``known`` is what has to be there now, and is told what is there afterwards; None for a place that nothing is
+    known of. ``force``: whatever is there may be another version.
+    """
 
     address: SeekableAddress
     identity: Identity
     ram_only: bool = False
+    known: KnownFile | None = None
+    force: bool = False
+
+    @property
+    def expected(self) -> FileVersion | None:
+        """The version that is to be replaced, None for any."""
+        return None if self.known is None or self.force else self.known.version
 
     @property
     def stream_offset(self) -> int:
@@ -67,7 +79,12 @@ async def save(guest: Guest, request: SaveRequest) -> str:
     migration = Migration("save", name, guest.on_status, guest.capabilities.multifd)
     async with guest.migrating(migration):
         target = await trio.to_thread.run_sync(
-            open_target, request.address, request.identity, guest.descriptors, guest.mount_device
+            open_target,
+            request.address,
+            request.identity,
+            guest.descriptors,
+            guest.mount_device,
+            request.expected,
         )
         try:
             await _save_to(guest, target, request, migration)
@@ -75,6 +92,9 @@ async def save(guest: Guest, request: SaveRequest) -> str:
             with trio.CancelScope(shield=True):
                 await trio.to_thread.run_sync(target.discard)
             raise
+        finally:
+            if request.known is not None and target.published is not None:
+                request.known.version = target.published
     answer = f"saved {name}: {migration.summary()}"
     if guest.capabilities.mapped_ram and guest.capabilities.x_ignore_shared:
         answer += "; QEMU 10.2 and older can't load mapped-ram with x-ignore-shared"

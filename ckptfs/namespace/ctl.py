@@ -22,11 +22,15 @@ COMMAND_LENGTH_MAX = 4096
 
 @dataclass(frozen=True)
 class Save:
-    """``save`` and ``migrate``. ``target`` None is the mount's own file; ``nowait``: go on in the background."""
+    """``save`` and ``migrate``. ``target`` None is the mount's own file; ``nowait``: go on in the background.
+
+    ``force``: the mount's own file may be replaced though it is not the one that the mount knows.
+    """
 
     target: SeekableAddress | None = None
     nowait: bool = False
     ram_only: bool = False
+    force: bool = False
 
 
 @dataclass(frozen=True)
@@ -258,22 +262,26 @@ def _alone(command: Command) -> Callable[[str], Command]:
     return parse
 
 
+_SAVE_SWITCHES = ("nowait", "ram-only", "force")
+
+
 def _parse_save(rest: str) -> Command:
     targets, switches = [], set()
     for word in _words(rest):
-        if word in ("nowait", "ram-only"):
+        if word in _SAVE_SWITCHES:
             switches.add(word)
         else:
             targets.append(_save_target(word))
     if len(targets) > 1:
         raise CommandError("save takes one target: quote a path with spaces, as in a shell")
-    return Save(targets[0] if targets else None, "nowait" in switches, "ram-only" in switches)
+    target = targets[0] if targets else None
+    return Save(target, "nowait" in switches, "ram-only" in switches, "force" in switches)
 
 
 def _save_target(word: str) -> SeekableAddress:
     """A URI or a path; a path has a slash, so that a misspelt word does not become a file's name."""
     if "/" not in word and ":" not in word:
-        hint = _likely(word, ["nowait", "ram-only"]) or f": a file of that name is './{word}'"
+        hint = _likely(word, _SAVE_SWITCHES) or f": a file of that name is './{word}'"
         raise CommandError(f"save does not know {word!r}{hint}")
     return seekable_file(parse_target(word))
 
@@ -385,9 +393,11 @@ def _size(what: str, text: str) -> int:
 GRAMMAR = (
     Grammar(
         ("save",),
-        "[URI or PATH] [nowait] [ram-only]",
+        "[URI or PATH] [nowait] [ram-only] [force]",
         "Write a checkpoint: to the mounted file, or to the given place. The write returns when it is durable under"
-        " its final name; with `nowait` at once (follow it in `status`). `ram-only`: without device state.",
+        " its final name; with `nowait` at once (follow it in `status`). `ram-only`: without device state. The"
+        " mounted file is replaced only while it is the one that this mount came from or last wrote (ESTALE);"
+        " `force` replaces it all the same.",
         _parse_save,
     ),
     Grammar(
@@ -498,8 +508,9 @@ _MARKDOWN_HEAD = """\
 # ctl
 
 One command a write; `write` returns when the command has ended. Failure is the write's errno (EINVAL unknown or
-malformed command, EBUSY a migration is running, ECANCELED after a cancel, EPERM in a read-only mount, or what the
-backing storage said), and the words behind it are read from the same open file:
+malformed command, EBUSY a migration is running, ECANCELED after a cancel, EPERM in a read-only mount, ESTALE the
+mounted file is not the one that this mount knows, or what the backing storage said), and the words behind it are
+read from the same open file:
 
     exec 3<>ctl; echo save >&3; cat <&3
 

@@ -9,7 +9,8 @@ import pytest
 
 from ckptfs.channels.identity import Identity
 from ckptfs.channels.target import PathTarget
-from ckptfs.errors import CkptfsError, CommandError, StorageError
+from ckptfs.channels.version import NOTHING, FileVersion
+from ckptfs.errors import CkptfsError, CommandError, StateError, StorageError
 from tests.doubles.storage import FailingCall, open_descriptors
 
 NO_DEVICE = -1
@@ -38,8 +39,10 @@ def directory(tmp_path: Path) -> Path:
     return directory
 
 
-def target_for(path: Path, identity: Identity | None = None, stream_offset: int = 0) -> PathTarget:
-    return PathTarget(str(path), stream_offset, identity or Identity.of_daemon(), NO_DEVICE)
+def target_for(
+    path: Path, identity: Identity | None = None, stream_offset: int = 0, expected: FileVersion | None = None
+) -> PathTarget:
+    return PathTarget(str(path), stream_offset, identity or Identity.of_daemon(), NO_DEVICE, expected)
 
 
 def save(path: Path, content: bytes = NEWER, identity: Identity | None = None) -> None:
@@ -118,6 +121,7 @@ def test_the_data_is_durable_before_the_name_and_the_name_before_the_return(
 
         return record
 
+    (directory / "vm1").write_bytes(FORMER)
     target = target_for(directory / "vm1")
     temporary = os.readlink(f"/proc/self/fd/{target.file.fd}")
     for name in ("fdatasync", "rename", "fsync"):
@@ -476,3 +480,119 @@ def test_a_leftover_of_somebody_else_stays(directory: Path) -> None:
     (directory / LEFTOVER).write_bytes(b"root's")
     target_for(directory / "vm1", SOMEBODY).discard()
     assert names(directory) == [LEFTOVER]
+
+
+# --- the version that is expected --------------------------------------------------------------------------
+
+
+def version_of(path: Path) -> FileVersion:
+    with path.open("rb") as file:
+        return FileVersion.of(file.fileno())
+
+
+def test_publish_tells_the_version_that_it_wrote(directory: Path) -> None:
+    path = directory / "vm1"
+    for expected in (NOTHING, None):
+        target = target_for(path, expected=expected)
+        os.pwrite(target.file.fd, NEWER, 0)
+        target.publish()
+        assert target.published == version_of(path)
+
+
+def test_another_version_is_refused_before_anything_is_written(directory: Path) -> None:
+    path = directory / "vm1"
+    path.write_bytes(FORMER)
+    former = version_of(path)
+    save(path)
+    with pytest.raises(StateError, match="is not the file that this mount came from"):
+        target_for(path, expected=former)
+    with pytest.raises(StateError, match="was made by somebody else"):
+        target_for(path, expected=NOTHING)
+    path.unlink()
+    with pytest.raises(StateError, match="is gone, or empty") as caught:
+        target_for(path, expected=former)
+    assert caught.value.errno == errno.ESTALE
+    assert names(directory) == []
+
+
+def assert_not_published(target: PathTarget, words: str) -> None:
+    with pytest.raises(StateError, match=words):
+        target.publish()
+    target.discard()
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_another_version_that_came_while_we_wrote(exists: bool, directory: Path) -> None:
+    path = directory / "vm1"
+    if exists:
+        path.write_bytes(FORMER)
+    target = target_for(path, expected=version_of(path) if exists else NOTHING)
+    save(path)
+    assert_not_published(target, "is not the file that this mount" if exists else "was made by somebody else")
+    assert names(directory) == ["vm1"]
+    assert path.read_bytes() == NEWER
+
+
+def test_two_that_are_at_the_rename(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = directory / "vm1"
+    path.write_bytes(FORMER)
+    first, second = (target_for(path, expected=version_of(path)) for _ in range(2))
+    os.pwrite(first.file.fd, NEWER, 0)
+    rename = os.rename
+
+    def rename_late(*args: Any, **kwargs: Any) -> None:
+        assert_not_published(second, "somebody else has locked it")
+        rename(*args, **kwargs)
+
+    monkeypatch.setattr(os, "rename", rename_late)
+    first.publish()
+    assert path.read_bytes() == NEWER
+    assert names(directory) == ["vm1"]
+
+
+def test_one_that_comes_before_the_lock(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = directory / "vm1"
+    path.write_bytes(FORMER)
+    first, second = (target_for(path, expected=version_of(path)) for _ in range(2))
+    os.pwrite(first.file.fd, NEWER, 0)
+    flock = fcntl.flock
+
+    def flock_late(*args: Any) -> None:
+        monkeypatch.setattr(fcntl, "flock", flock)
+        first.publish()
+        flock(*args)
+
+    monkeypatch.setattr(fcntl, "flock", flock_late)
+    assert_not_published(second, "was replaced by somebody else just now")
+    assert path.read_bytes() == NEWER
+
+
+def test_one_that_comes_before_the_first_rename(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = directory / "vm1"
+    first, second = (target_for(path, expected=NOTHING) for _ in range(2))
+    os.pwrite(first.file.fd, NEWER, 0)
+    open_former = PathTarget._open_former
+
+    def open_early(target: PathTarget) -> int | None:
+        former = open_former(target)
+        monkeypatch.undo()
+        first.publish()
+        return former
+
+    monkeypatch.setattr(PathTarget, "_open_former", open_early)
+    assert_not_published(second, "was made by somebody else just now")
+    assert path.read_bytes() == NEWER
+
+
+def test_where_there_are_no_locks(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = directory / "vm1"
+    path.write_bytes(FORMER)
+    target = target_for(path, expected=version_of(path))
+    os.pwrite(target.file.fd, NEWER, 0)
+
+    def without_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", without_locks)
+    target.publish()
+    assert path.read_bytes() == NEWER

@@ -70,7 +70,7 @@ async def test_after_restore_no_file_is_needed(checkpoints: LiveCheckpoints, mou
     async with on(mounted, live.guest) as vm:
         assert await vm.tick() > live.last_tick
         await save(mounted, vm, tmp_path / "other")
-        last_tick = await save(mounted, vm)
+        last_tick = await save(mounted, vm, "force")  # as there is none any more
         assert mounted.status()["restored"] is True
     mounted.umount()
     async with SMALL.anonymous(live.guest) as vm:
