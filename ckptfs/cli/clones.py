@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 import trio
 
-from ckptfs.guest.guest import leading_error
+from ckptfs.guest.migration import leading_error
 from ckptfs.qemu.clones import Clone
 from ckptfs.qemu.herd import Member, end, start, wait_until_ended, wait_until_running
 

@@ -19,8 +19,9 @@ from ckptfs.fuse.control import describe
 from ckptfs.fuse.daemon import Starter, harden, run_in_background
 from ckptfs.fuse.mount import Mount
 from ckptfs.guest.guest import Guest
-from ckptfs.guest.machine import Machine
+from ckptfs.guest.machine import Machine, Machines
 from ckptfs.guest.opening import open_checkpoint
+from ckptfs.guest.settings import Settings
 from ckptfs.migration.address import FdAddress, FileMigrationArgs, SeekableAddress, parse_target, seekable_file
 from ckptfs.namespace.options import MountOptions, parse_options
 
@@ -139,19 +140,15 @@ def open_guest(spec: SeekableAddress | None, options: MountOptions) -> Guest:
 
     Raises CheckpointError for a bad file, CommandError where SPEC and ram= contradict one another, or OSError.
     """
-    guest = Guest.fresh(list(options.ram.items()))
-    guest.read_only = options.read_only
-    guest.parameters = options.parameters
-    guest.capabilities = options.capabilities
-    guest.uuid = options.uuid
-    guest.shared = options.shared
-    guest.descriptors = Descriptors(options.fdset, options.fd)
-    guest.descriptors.check()
-    if options.qmp is not None:
-        guest.machine = Machine(options.qmp, Identity.of_daemon())
+    descriptors = Descriptors(options.fdset, options.fd)
+    descriptors.check()
+    settings = Settings(options.parameters, options.capabilities, descriptors, options.uuid, options.shared)
+    bound = None if options.qmp is None else Machine(options.qmp, Identity.of_daemon())
+    guest = Guest(settings, Machines(bound), read_only=options.read_only)
+    for idstr, used_length in options.ram.items():
+        guest.add_block(idstr, used_length)
     if spec is not None and _is_there(spec, options):
-        daemon = Identity.of_daemon()
-        guest.fill(open_checkpoint(spec, daemon, guest.descriptors, guest.base_options()))
+        guest.fill(open_checkpoint(spec, Identity.of_daemon(), descriptors, settings.base_options()))
     return guest
 
 

@@ -112,7 +112,7 @@ class Control:
         request = self._save_request(command, identity)
         if not command.nowait:
             return f"ok {await save(self._guest, request)}"
-        self._refuse_busy()
+        self._guest.migrations.refuse_running()
         self._go_on(lambda: save(self._guest, request))
         return f"ok saving to {describe_address(request.address)} in the background: follow it in status"
 
@@ -123,10 +123,6 @@ class Control:
         address = _absolute(target, identity)
         known = self._known if _same_path(address, self._spec) else None
         return SaveRequest(address, identity, command.ram_only, known, command.force)
-
-    def _refuse_busy(self) -> None:
-        if self._guest.migration.running:
-            raise StateError(f"a {self._guest.migration.kind} is running: wait for it, or cancel it")
 
     def _go_on(self, work: Callable[[], Awaitable[str]]) -> None:
         """Run something that nobody waits for; its outcome is in status and in the log."""
@@ -144,21 +140,26 @@ class Control:
 
     async def _migrate_incoming(self, command: ctl.MigrateIncoming, identity: Identity) -> str:
         source = _absolute(command.source, identity)
-        guest = self._guest
+        guest, settings = self._guest, self._guest.settings
         guest.refuse_filled()
         guest.fill(
             await trio.to_thread.run_sync(
-                open_checkpoint, source, identity, guest.descriptors, guest.base_options(), guest.mount_device
+                open_checkpoint,
+                source,
+                identity,
+                settings.descriptors,
+                settings.base_options(),
+                guest.page_cache.device,
             )
         )
         return f"ok incoming from {describe_address(source)}"
 
     async def _cancel(self, command: ctl.Cancel, identity: Identity) -> str:
-        return f"ok {await self._guest.cancel()}"
+        return f"ok {await self._guest.migrations.cancel()}"
 
     async def _migrate_continue(self, command: ctl.MigrateContinue, identity: Identity) -> str:
         raise StateError(
-            f"Migration not in expected state: {self._guest.migration.status}: "
+            f"Migration not in expected state: {self._guest.migrations.newest.status}: "
             "there is no switchover before which a save pauses",
             errno.EINVAL,
         )
@@ -183,7 +184,7 @@ class Control:
                     f"START {command.start} is behind the end of ram/{command.name}: it has {size} bytes"
                 )
         length = await self._page_cache.warm(
-            idstrs, command.start, command.length, guest.parameters.multifd_channels
+            idstrs, command.start, command.length, guest.settings.parameters.multifd_channels
         )
         return f"ok {length} bytes are in the page cache"
 
@@ -198,17 +199,17 @@ class Control:
 
     async def _set_parameter(self, command: ctl.SetParameter, identity: Identity) -> str:
         self._change_parameter(command.name, command.value)
-        value = self._guest.parameters.get(command.name)
+        value = self._guest.settings.parameters.get(command.name)
         return f"ok {command.name} {value}{_remark(find_parameter(command.name).no_effect)}"
 
     async def _info(self, command: ctl.Info, identity: Identity) -> str:
         match command.topic:
             case ctl.InfoTopic.MIGRATE:
-                return query_migrate(self._guest.migration, self._guest.page_size).info().rstrip("\n")
+                return query_migrate(self._guest.migrations.newest, self._guest.page_size).info().rstrip("\n")
             case ctl.InfoTopic.MIGRATE_PARAMETERS:
-                return self._guest.parameters.info().rstrip("\n")
+                return self._guest.settings.parameters.info().rstrip("\n")
             case ctl.InfoTopic.MIGRATE_CAPABILITIES:
-                return self._guest.capabilities.info().rstrip("\n")
+                return self._guest.settings.capabilities.info().rstrip("\n")
 
     async def _stop(self, command: ctl.Stop, identity: Identity) -> str:
         if await self._machine_does("stop"):
@@ -223,7 +224,7 @@ class Control:
         return "ok writers of ram/ go on"
 
     async def _machine_does(self, what: str) -> bool:
-        machine = self._guest.machine
+        machine = self._guest.machines.bound
         if machine is None:
             return False
         async with machine.monitor() as monitor:
@@ -231,12 +232,12 @@ class Control:
         return True
 
     async def _qmp(self, command: ctl.Qmp, identity: Identity) -> str:
-        self._refuse_busy()
+        self._guest.migrations.refuse_running()
         if command.socket is None:
-            self._guest.machine = None
+            self._guest.machines.bind(None)
             return "ok no QEMU is bound"
         path = describe_address(_absolute(FileMigrationArgs(command.socket), identity))
-        self._guest.machine = Machine(path, identity)
+        self._guest.machines.bind(Machine(path, identity))
         return f"ok bound to {path}"
 
     async def _loglevel(self, command: ctl.LogLevel, identity: Identity) -> str:
@@ -269,20 +270,18 @@ class Control:
 
     def parameter_text(self, name: str) -> bytes:
         """What the file of a parameter holds."""
-        return f"{self._guest.parameters.get(name)}\n".encode()
+        return f"{self._guest.settings.parameters.get(name)}\n".encode()
 
     def capability_text(self, name: str) -> bytes:
         """What the file of a capability holds."""
-        return f"{format_state(self._guest.capabilities.get(name))}\n".encode()
+        return f"{format_state(self._guest.settings.capabilities.get(name))}\n".encode()
 
     def _change_parameter(self, name: str, value: ParameterValue) -> None:
-        guest = self._guest
-        guest.parameters = guest.parameters.set(name, value, running=guest.migration.running)
+        self._guest.settings.set_parameter(name, value, running=self._guest.migrations.running)
         self._changes.note()
 
     def _change_capability(self, name: str, state: bool) -> None:
-        guest = self._guest
-        guest.capabilities = guest.capabilities.set(name, state, running=guest.migration.running)
+        self._guest.settings.set_capability(name, state, running=self._guest.migrations.running)
         self._changes.note()
 
     # ---- status ------------------------------------------------------------------------------------

@@ -63,8 +63,8 @@ class Mount:
         self._control = Control(guest, spec, origin, self._ram_files, page_cache, self._changes, self._start_soon)
         opening = Opening(guest, options, self._ram_files, page_cache, self._control, self._changes, self._events)
         self._operations = Operations(nodes, opening)
-        guest.on_status = self._on_status
-        guest.page_cache = page_cache
+        guest.migrations.watch(self._on_status)
+        guest.mounted(page_cache)
 
     async def serve(self, starter: Starter) -> None:
         """Mount, serve until umount or a signal, and leave nothing behind.
@@ -81,7 +81,7 @@ class Mount:
                 nursery.start_soon(self._set_up, starter)
                 await pyfuse3.main(MIN_TASKS, MAX_TASKS)
                 log.info("%s: unmounted", self._mountpoint)
-                migration = self._guest.migration
+                migration = self._guest.migrations.newest
                 if migration.running and migration.kind == "save":
                     await migration.over.wait()
                 nursery.cancel_scope.cancel()
@@ -92,7 +92,7 @@ class Mount:
         """What needs an answering mount: its device number, its tuning, its background work."""
         await self._operations.initialized.wait()
         device = (await trio.to_thread.run_sync(os.stat, self._mountpoint)).st_dev
-        self._ram_files.device = self._guest.mount_device = device
+        self._ram_files.device = device
         if refused := await trio.to_thread.run_sync(tune_backing_device, device):
             log.info("only root can tune the mount: %s left as it was", ", ".join(refused))
         if self._options.prefetch and self._guest.base is not None:
@@ -112,7 +112,7 @@ class Mount:
     def _on_status(self, status: MigrationStatus) -> None:
         """A migration went on: events (QEMU's capability of that name) and status tell."""
         self._changes.note()
-        if self._guest.capabilities.events:
+        if self._guest.settings.capabilities.events:
             self._events.publish("MIGRATION", {"status": str(status)})
             if status is MigrationStatus.ACTIVE:
                 self._events.publish("MIGRATION_PASS", {"pass": 1})  # an epoch is saved in one pass

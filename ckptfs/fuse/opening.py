@@ -122,7 +122,7 @@ class Opening:
             stream = await vmstate(guest, left_out, user, others)
         except StateError as error:
             log.warning("vmstate was refused to process %d: %s", opener.pid, error)
-            guest.vmstate_refusal = str(error)
+            guest.machines.note_vmstate(str(error))
             raise
-        guest.vmstate_refusal = None
+        guest.machines.note_vmstate(None)
         return stream

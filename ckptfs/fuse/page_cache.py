@@ -179,6 +179,11 @@ class KernelPageCache:
         self._ram = ram
         self.settling: Settling | None = None
 
+    @property
+    def device(self) -> int:
+        """st_dev of the mount."""
+        return self._ram.device
+
     @cached_property
     def _fuse_fd(self) -> int:
         return _find_fuse_descriptor()

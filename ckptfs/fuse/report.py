@@ -71,6 +71,7 @@ class Origin:
 
 def describe_mount(guest: Guest, origin: Origin, last_command: str | None, last_outcome: str | None) -> Status:
     """A moment of the mount."""
+    machine, readers = guest.machines.bound, guest.readers
     checkpoint = None if guest.base is None else guest.base.checkpoint
     blocks = tuple(describe_block(block) for block in guest.blocks.values())
     held = sum(
@@ -81,23 +82,23 @@ def describe_mount(guest: Guest, origin: Origin, last_command: str | None, last_
         version=__version__,
         spec=origin.source,
         state=_state(guest),
-        migration=query_migrate(guest.migration, guest.page_size),
+        migration=query_migrate(guest.migrations.newest, guest.page_size),
         base=None if guest.base is None else guest.base.path,
         vmstate=_vmstate(guest),
         direct_io=guest.direct_io_state,
         writers=_writers(guest),
-        qmp="none" if guest.machine is None else f"{guest.machine.state} {guest.machine.qmp_path}",
-        guest=None if guest.machine is None else guest.machine.run_state,
+        qmp="none" if machine is None else f"{machine.state} {machine.qmp_path}",
+        guest=None if machine is None else machine.run_state,
         restored=guest.restored,
         overlay_bytes=held,
         set_aside_pages=set_aside,
-        waiting_readers=guest.waiting_readers,
+        waiting_readers=readers.waiting,
         storage=_storage(guest),
-        time_to_first_byte=origin.milliseconds_until(guest.first_byte_at),
-        time_to_full=origin.milliseconds_until(guest.full_at),
+        time_to_first_byte=origin.milliseconds_until(readers.first_byte_at),
+        time_to_full=origin.milliseconds_until(readers.full_at),
         blocks=blocks,
-        bad_pages=tuple(BadPage(idstr, page, error) for (idstr, page), error in guest.bad_pages.items()),
-        bad_page_count=len(guest.bad_pages),
+        bad_pages=tuple(BadPage(idstr, page, error) for (idstr, page), error in readers.bad_pages.items()),
+        bad_page_count=len(readers.bad_pages),
         last_command=last_command,
         last_outcome=last_outcome,
         base_offset=None if checkpoint is None else checkpoint.stream_offset,
@@ -109,9 +110,9 @@ def describe_mount(guest: Guest, origin: Origin, last_command: str | None, last_
 
 
 def _state(guest: Guest) -> MountState:
-    if not guest.migration.running:
+    if not guest.migrations.running:
         return MountState.IDLE
-    return MountState.SAVING if guest.migration.kind == "save" else MountState.RESTORING
+    return MountState.SAVING if guest.migrations.newest.kind == "save" else MountState.RESTORING
 
 
 def _writers(guest: Guest) -> str:
@@ -131,8 +132,8 @@ def _storage(guest: Guest) -> str:
 def _vmstate(guest: Guest) -> str:
     if not guest.has_device_state:
         return "none"
-    if guest.vmstate_refusal is not None:
-        return f"refused: {guest.vmstate_refusal}"
-    if guest.machine_ran:
+    if guest.machines.refusal is not None:
+        return f"refused: {guest.machines.refusal}"
+    if guest.machines.have_run:
         return "in use: a machine was started from it"
     return "stale: pages were written since the checkpoint" if guest.has_written else "ready"

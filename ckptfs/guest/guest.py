@@ -8,25 +8,22 @@ no other code path: saving a half-restored guest is the same as saving a fresh o
 import contextlib
 import errno
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from typing import Protocol
-from uuid import UUID
+from typing import Final, Protocol
 
 import trio
 
-from ckptfs.channels.backing_file import DirectIO
-from ckptfs.channels.descriptors import Descriptors
 from ckptfs.errors import CommandError, StateError, StorageError
-from ckptfs.guest.base import BadPagesError, Base, BaseOptions
+from ckptfs.guest.base import BadPagesError, Base
 from ckptfs.guest.block import Content, GuestBlock
 from ckptfs.guest.incoming import restore_blocks
 from ckptfs.guest.layer import Layer, close_layers
-from ckptfs.guest.machine import Machine
-from ckptfs.guest.migration import Migration
+from ckptfs.guest.machine import Machines
+from ckptfs.guest.migration import Migrations
 from ckptfs.guest.outgoing import Epoch
-from ckptfs.migration.capabilities import MigrationCapabilities
-from ckptfs.migration.parameters import MigrationParameters
+from ckptfs.guest.readers import Readers
+from ckptfs.guest.settings import Settings
 from ckptfs.migration.status import MigrationStatus
 from ckptfs.qemu.backends import RAMFile
 
@@ -38,12 +35,16 @@ PAGE_SIZE = 4096
 MAX_BLOCK_LENGTH = 1 << 44
 """Largest RAM block in bytes (16 TiB): its bitmaps take half a gigabyte each."""
 
-BAD_PAGES_KEPT = 64
 _ZEROS = memoryview(bytes(2 << 20))
 
 
 class PageCache(Protocol):
     """The kernel's cache of RAM, above the daemon."""
+
+    @property
+    def device(self) -> int:
+        """st_dev of the mount; -1 before there is one."""
+        ...
 
     async def flush(self, idstrs: list[str]) -> None:
         """Have every page that was dirtied through mmap written to the daemon."""
@@ -60,47 +61,52 @@ class PageCache(Protocol):
         ...
 
 
+class NoPageCache:
+    """That of a guest that is not mounted: there is nothing above the daemon."""
+
+    device = -1
+
+    async def flush(self, idstrs: list[str]) -> None:
+        """Nothing is held back."""
+
+    @asynccontextmanager
+    async def settled(self, idstrs: list[str]) -> AsyncIterator[None]:
+        """RAM is at rest between two awaits."""
+        yield
+
+    async def forget(self, idstrs: Iterable[str]) -> None:
+        """Nothing is held."""
+
+    def files(self, idstrs: Iterable[str]) -> list[RAMFile]:
+        """There are none."""
+        return []
+
+
 class Guest:
     """A guest's RAM and everything that can be done with it."""
 
-    def __init__(self, blocks: list[GuestBlock], base: Base | None, page_size: int) -> None:
-        self.blocks = {block.idstr: block for block in blocks}
-        self.base = base
-        self.page_size = page_size
-        self.direct_io = None if base is None else base.direct_io
-        """Whether pages went past the page cache of the backing file when that was last tried."""
-        self.read_only = False
-        self.restored = False
-        """Whether all RAM is in memory, so that no backing file is needed."""
-        self.parameters = MigrationParameters()
-        self.capabilities = MigrationCapabilities()
-        self.descriptors = Descriptors()
-        self.uuid: UUID | None = None
-        """What capability validate-uuid compares a checkpoint's with, and writes where the source has none."""
-        self.shared: dict[str, str] = {}
-        """Files of RAM that checkpoints may leave out, by idstr."""
-        self.migration = Migration("migration", "")
-        self.on_status: Callable[[MigrationStatus], None] = lambda status: None
-        self.machine: Machine | None = None
-        self.machine_ran = False
-        """Whether a machine has been started from the base's device state, or was when it was taken."""
-        self.vmstate_refusal: str | None = None
-        """Why vmstate was last refused."""
-        self.page_cache: PageCache | None = None
-        self.mount_device = -1
-        self.bad_pages: dict[tuple[str, int], str] = {}
-        self.waiting_readers = 0
-        """Reads that wait for the backing storage just now."""
-        self.first_byte_at: float | None = None
-        self.full_at: float | None = None
-        """When the first page was served from the base, and when the last was restored (trio's clock)."""
+    def __init__(
+        self, settings: Settings | None = None, machines: Machines | None = None, *, read_only: bool = False
+    ) -> None:
+        """A guest without any RAM yet."""
+        self.blocks: Final[dict[str, GuestBlock]] = {}
+        self.settings: Final = settings or Settings()
+        self.machines: Final = machines or Machines()
+        self.migrations: Final = Migrations()
+        self.readers: Final = Readers()
+        self.read_only: Final = read_only
+        self._page_size = PAGE_SIZE
+        self._base: Base | None = None
+        self._restored = False
+        self._direct_io: bool | None = None
+        self._page_cache: PageCache = NoPageCache()
         self._writers_may_go = trio.Event()
         self._writers_may_go.set()
 
     @classmethod
-    def fresh(cls, blocks: list[tuple[str, int]]) -> "Guest":
+    def fresh(cls, blocks: Iterable[tuple[str, int]]) -> "Guest":
         """A guest of zero pages: (idstr, used_length in bytes) for each RAM block."""
-        guest = cls([], None, PAGE_SIZE)
+        guest = cls()
         for idstr, used_length in blocks:
             guest.add_block(idstr, used_length)
         return guest
@@ -108,9 +114,33 @@ class Guest:
     @classmethod
     def incoming(cls, base: Base) -> "Guest":
         """A guest whose RAM is ``base``, restored as it is read."""
-        guest = cls([], None, base.checkpoint.page_size)
+        guest = cls()
         guest.fill(base)
         return guest
+
+    @property
+    def base(self) -> Base | None:
+        """The checkpoint below what was written; of a guest that was `restored` it is closed."""
+        return self._base
+
+    @property
+    def page_size(self) -> int:
+        """In bytes: the base's, or that of a fresh guest."""
+        return self._page_size
+
+    @property
+    def restored(self) -> bool:
+        """Whether all RAM is in memory, so that no backing file is needed."""
+        return self._restored
+
+    @property
+    def page_cache(self) -> PageCache:
+        """The kernel's cache of RAM, if it is mounted."""
+        return self._page_cache
+
+    def mounted(self, page_cache: PageCache) -> None:
+        """RAM is seen through ``page_cache`` from now on."""
+        self._page_cache = page_cache
 
     def fill(self, base: Base) -> None:
         """Make ``base`` what RAM is restored from, and take it over; where that fails, it is closed."""
@@ -124,8 +154,8 @@ class Guest:
                 blocks[block.idstr] = GuestBlock(block.idstr, block.page_count, page_size, base_block)
                 undo.callback(blocks[block.idstr].close)
             undo.pop_all()
-        self.page_size = page_size
-        self.base = base
+        self._page_size = page_size
+        self._base = base
         self.note_direct_io(base.path, base.direct_io)
         self.blocks.update(blocks)
 
@@ -178,8 +208,9 @@ class Guest:
     def _refuse_fixed(self, idstr: str) -> None:
         if self.base is not None:
             raise StateError(f"{idstr}: the RAM blocks of a guest that has a checkpoint are fixed", errno.EPERM)
-        if self.migration.running:
-            raise StateError(f"{idstr}: a {self.migration.kind} is running: RAM blocks are fixed until it ends")
+        migration = self.migrations.newest
+        if migration.running:
+            raise StateError(f"{idstr}: a {migration.kind} is running: RAM blocks are fixed until it ends")
 
     def close(self) -> None:
         """Give everything back."""
@@ -239,21 +270,18 @@ class Guest:
         """
         base = self.base
         assert base is not None
-        self.waiting_readers += 1
         try:
-            data = await base.fetch(block.idstr, start, stop, self.page_size, urgent=True)
+            with self.readers.wait():
+                data = await base.fetch(block.idstr, start, stop, self.page_size, urgent=True)
         except StorageError as error:
             if self.base is not base or self.restored:
                 return None
             data = self._sound_data(block, error)
-        finally:
-            self.waiting_readers -= 1
         if self.base is not base or block.stack.base is None:
             return None
         for run in block.stack.base.file_bmap.runs(start, stop):
             block.received.set(*run)
-        if self.first_byte_at is None:
-            self.first_byte_at = trio.current_time()
+        self.readers.note_served()
         return data
 
     def _sound_data(self, block: GuestBlock, error: StorageError) -> memoryview:
@@ -261,7 +289,7 @@ class Guest:
         if not isinstance(error, BadPagesError):
             raise error
         if error.data is None or any(block.stack.locate(x, x + 1).source is Content.BASE for x in error.pages):
-            self._note_bad_pages(error)
+            self.readers.note_bad_pages(error)
             raise error
         return error.data
 
@@ -302,15 +330,41 @@ class Guest:
         if not block.stack.written[0].present.test(page):
             block.store(page * self.page_size, content)
 
-    def _note_bad_pages(self, error: BadPagesError) -> None:
-        for page in error.pages[: BAD_PAGES_KEPT - len(self.bad_pages)]:
-            self.bad_pages[error.idstr, page] = str(error)
-
     # ---- epochs ------------------------------------------------------------------------------------
 
     def freeze(self, idstrs: Iterable[str]) -> Epoch:
         """Begin an epoch: RAM as it is at this moment; what is written from now on goes above it."""
         return Epoch({idstr: self.blocks[idstr].freeze() for idstr in idstrs}, self.base)
+
+    async def rebase(self, epoch: Epoch, fresh: dict[str, GuestBlock], base: Base) -> None:
+        """Put the checkpoint that ``epoch`` was saved to below what was written since.
+
+        ``fresh`` are empty blocks for those that the machine handed over. The checkpoint has its final name
+        already, so a lack of memory is no error here: RAM is then read from it.
+        """
+        former = None if self.restored else self.base  # that of a restored guest is closed
+        if self.restored:
+            try:
+                await _keep_in_memory(epoch)
+            except OSError as error:
+                log.warning("%s: RAM is no longer all in memory: %s", base.path, error.strerror)
+                self._restored = False
+        dropped: list[Layer] = []
+        for idstr, frozen in epoch.stacks.items():
+            if idstr not in epoch.carried:
+                dropped += self.blocks[idstr].rebase(frozen, base.blocks[idstr], keep_restored=self.restored)
+            else:
+                # its file, if it has one, shows from now on what the machine had
+                block = self.blocks.setdefault(idstr, fresh[idstr])
+                dropped += block.replace(frozen, fresh[idstr], base.blocks[idstr], keep_restored=self.restored)
+        self._base = base
+        await close_layers(dropped)
+        if self.restored:
+            await base.aclose()
+        elif former is not None:
+            await former.aclose()
+        if epoch.carried:
+            await self.page_cache.forget(epoch.carried)
 
     async def thaw(self) -> None:
         """End every epoch that was not saved: what was written above it moves down into it."""
@@ -323,46 +377,12 @@ class Guest:
                 block.drop_layer(upper)
                 upper.close()
 
-    # ---- migrations: one at a time -----------------------------------------------------------------
-
-    @asynccontextmanager
-    async def migrating(self, migration: Migration) -> AsyncIterator[None]:
-        """Run a migration: its states, its cancellation, and one error out of many tasks."""
-        if self.migration.running:
-            raise StateError(f"a {self.migration.kind} is running: wait for it, or cancel it")
-        self.migration = migration
-        migration.advance(MigrationStatus.SETUP)
-        try:
-            with migration.cancel_scope:
-                yield
-        except BaseException as error:
-            leading = leading_error(error)
-            if isinstance(leading, OSError):  # whatever name it has is one of ours on the way there
-                leading = StorageError(f"{migration.uri}: {leading.strerror}", leading.errno)
-            migration.fail(str(leading))
-            if leading is error:
-                raise
-            raise leading from error
-        if migration.cancel_scope.cancelled_caught:
-            migration.advance(MigrationStatus.CANCELLED)
-            raise StateError(f"the {migration.kind} was cancelled", errno.ECANCELED)
-        migration.advance(MigrationStatus.COMPLETED)
-
-    async def cancel(self) -> str:
-        """Cancel the running migration and wait for its end; StateError (EINVAL) if there is none."""
-        migration = self.migration
-        if not migration.running:
-            raise StateError("nothing is running that could be cancelled", errno.EINVAL)
-        if migration.status is not MigrationStatus.CANCELLING:
-            migration.advance(MigrationStatus.CANCELLING)
-            migration.cancel_scope.cancel()
-        await migration.over.wait()
-        return f"{migration.kind} {migration.status}"
+    # ---- what ctl asks for -------------------------------------------------------------------------
 
     @asynccontextmanager
     async def settled(self) -> AsyncIterator[None]:
         """Bring RAM to rest; where writers are stopped it is at rest already, and a flush would wait for them."""
-        if self.page_cache is None or not self.writers_run:
+        if not self.writers_run:
             yield
             return
         async with self.page_cache.settled(list(self.blocks)):
@@ -373,33 +393,23 @@ class Guest:
         """Whether the base holds more than RAM."""
         return self.base is not None and self.base.checkpoint.has_device_state
 
-    def base_options(self) -> BaseOptions:
-        """How a checkpoint is read here."""
-        uuid = self.uuid if self.capabilities.validate_uuid else None
-        return BaseOptions(self.requested_direct_io(), self.parameters.multifd_channels, self.shared, uuid=uuid)
-
-    def requested_direct_io(self) -> DirectIO:
-        """As QEMU: without multifd it has no effect, so that it can't be required either."""
-        return DirectIO(self.parameters.direct_io, self.parameters.direct_io_required and self.capabilities.multifd)
-
     def note_direct_io(self, path: str, direct_io: bool | None) -> None:
         """Keep how pages went when last it mattered, and log once that direct I/O can't be had."""
-        if direct_io is False and self.direct_io is not False:
+        if direct_io is False and self._direct_io is not False:
             log.info("%s: no O_DIRECT there: pages go through the page cache of its file system", path)
-        self.direct_io = self.direct_io if direct_io is None else direct_io
+        self._direct_io = self._direct_io if direct_io is None else direct_io
 
     async def restore(self) -> str:
         """Bring in everything that only the checkpoint has; after that its file is not needed any more."""
         if self.base is None or self.restored:
             return "nothing to restore: all RAM is in memory"
-        migration = Migration("restore", self.base.path, self.on_status)
-        async with self.migrating(migration):
+        async with self.migrations.run("restore", self.base.path) as migration:
             migration.advance(MigrationStatus.ACTIVE)
             await restore_blocks(
-                self.base, list(self.blocks.values()), self.parameters.multifd_channels, migration.progress
+                self.base, list(self.blocks.values()), self.settings.parameters.multifd_channels, migration.progress
             )
-            self.restored = True
-            self.full_at = trio.current_time()
+            self._restored = True
+            self.readers.note_full()
             await self.base.aclose()
         return f"restored {self.base.path}: {migration.summary()}"
 
@@ -408,8 +418,7 @@ class Guest:
 
         The caller sees to it that nobody writes meanwhile.
         """
-        if self.migration.running:
-            raise StateError(f"a {self.migration.kind} is running: wait for it, or cancel it")
+        self.migrations.refuse_running()
         page_count = sum(block.written.count() for block in self.blocks.values())
         layers: list[Layer] = []
         with contextlib.ExitStack() as undo:  # all blocks, or none
@@ -420,10 +429,9 @@ class Guest:
         dropped: list[Layer] = []
         for block, layer in zip(self.blocks.values(), layers, strict=True):
             dropped += block.reset(layer)
-        self.machine_ran = False
+        self.machines.note_reset()
         try:
-            if self.page_cache is not None:
-                await self.page_cache.forget(self.blocks)
+            await self.page_cache.forget(self.blocks)
         finally:
             await close_layers(dropped)
         return f"{page_count} written pages dropped"
@@ -455,16 +463,19 @@ class Guest:
     @property
     def direct_io_state(self) -> str:
         """``on`` or ``off``, and why it is off though it was not switched off."""
-        if not self.parameters.direct_io:
+        if not self.settings.parameters.direct_io:
             return "off"
-        if self.direct_io is False:
+        if self._direct_io is False:
             return "off: the file system does not support O_DIRECT"
         return "on"
 
 
-def leading_error(error: BaseException) -> BaseException:
-    """The error that matters in a group of them: the first that is no consequence of the others' end."""
-    if not isinstance(error, BaseExceptionGroup):
-        return error
-    leaves = [leading_error(inner) for inner in error.exceptions]
-    return next((leaf for leaf in leaves if not isinstance(leaf, trio.Cancelled)), leaves[0])
+async def _keep_in_memory(epoch: Epoch) -> None:
+    """A guest that was restored as a whole stays independent of any file: its pages stay in memory."""
+    for idstr, stack in epoch.stacks.items():
+        if idstr in epoch.carried:
+            continue
+        assert stack.restored is not None
+        for layer in reversed(stack.written):
+            while stack.restored.absorb_some(layer):
+                await trio.lowlevel.checkpoint()

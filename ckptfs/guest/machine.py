@@ -1,4 +1,4 @@
-"""The QEMU behind a mount: where its monitor is, and how it was last seen."""
+"""The machines on this RAM: the one behind the mount, and whether any has run on it."""
 
 import errno
 from collections.abc import AsyncIterator
@@ -50,3 +50,46 @@ class Machine:
     def _note_loss(self, error: QemuError) -> None:
         if error.errno in (errno.EPIPE, errno.ETIMEDOUT):
             self.state = "lost"
+
+
+class Machines:
+    """Who runs on this RAM: at most one whose monitor is known, and others that were given vmstate."""
+
+    def __init__(self, bound: Machine | None = None) -> None:
+        self._bound = bound
+        self._have_run = False
+        self._refusal: str | None = None
+
+    @property
+    def bound(self) -> Machine | None:
+        """The machine that saves stop, and take device state from."""
+        return self._bound
+
+    @property
+    def have_run(self) -> bool:
+        """Whether one was started from the base's device state, or ran when that was taken.
+
+        What is written from then on is newer than that device state.
+        """
+        return self._have_run
+
+    @property
+    def refusal(self) -> str | None:
+        """Why vmstate was last refused; None after it was given."""
+        return self._refusal
+
+    def bind(self, machine: Machine | None) -> None:
+        """From now on saves are of ``machine`` too, or of none."""
+        self._bound = machine
+
+    def note_run(self) -> None:
+        """A machine runs on this RAM."""
+        self._have_run = True
+
+    def note_reset(self) -> None:
+        """RAM is what it is in the checkpoint, as if none had run."""
+        self._have_run = False
+
+    def note_vmstate(self, refusal: str | None) -> None:
+        """Device state was asked for, and refused for that reason, or given."""
+        self._refusal = refusal

@@ -1,10 +1,13 @@
-"""The record of one migration: what it is, how it stands, how it went."""
+"""Migrations, one at a time: what each is, how it stands, how it went, and how it is given up."""
 
-from collections.abc import Callable
+import errno
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import trio
 
+from ckptfs.errors import StateError, StorageError
 from ckptfs.guest.outgoing import Progress
 from ckptfs.migration.status import RUNNING, MigrationStatus, next_status
 
@@ -61,3 +64,71 @@ class Migration:
         progress = self.progress
         text = f"{progress.normal_pages} pages, {progress.zero_pages} zero, in {self.total_time():.3f} s"
         return text if self.downtime is None else f"{text}, guest paused {self.downtime * 1000:.1f} ms"
+
+
+class Migrations:
+    """The migrations of a guest: there is one at a time, and a second is refused."""
+
+    def __init__(self) -> None:
+        self._newest = Migration("migration", "")
+        self._on_status: Callable[[MigrationStatus], None] = lambda status: None
+
+    @property
+    def newest(self) -> Migration:
+        """The one that runs, or has run last; one without a status before the first."""
+        return self._newest
+
+    @property
+    def running(self) -> bool:
+        """Whether one runs."""
+        return self._newest.running
+
+    def watch(self, on_status: Callable[[MigrationStatus], None]) -> None:
+        """Have ``on_status`` called at every step of those to come."""
+        self._on_status = on_status
+
+    def refuse_running(self) -> None:
+        """Raise StateError (EBUSY) while one runs."""
+        if self.running:
+            raise StateError(f"a {self._newest.kind} is running: wait for it, or cancel it")
+
+    @asynccontextmanager
+    async def run(self, kind: str, uri: str, *, multifd: bool = False) -> AsyncIterator[Migration]:
+        """Run a migration: its states, its cancellation, and one error out of many tasks."""
+        self.refuse_running()
+        self._newest = migration = Migration(kind, uri, self._on_status, multifd)
+        migration.advance(MigrationStatus.SETUP)
+        try:
+            with migration.cancel_scope:
+                yield migration
+        except BaseException as error:
+            leading = leading_error(error)
+            if isinstance(leading, OSError):  # whatever name it has is one of ours on the way there
+                leading = StorageError(f"{migration.uri}: {leading.strerror}", leading.errno)
+            migration.fail(str(leading))
+            if leading is error:
+                raise
+            raise leading from error
+        if migration.cancel_scope.cancelled_caught:
+            migration.advance(MigrationStatus.CANCELLED)
+            raise StateError(f"the {migration.kind} was cancelled", errno.ECANCELED)
+        migration.advance(MigrationStatus.COMPLETED)
+
+    async def cancel(self) -> str:
+        """Cancel the running migration and wait for its end; StateError (EINVAL) if there is none."""
+        migration = self._newest
+        if not migration.running:
+            raise StateError("nothing is running that could be cancelled", errno.EINVAL)
+        if migration.status is not MigrationStatus.CANCELLING:
+            migration.advance(MigrationStatus.CANCELLING)
+            migration.cancel_scope.cancel()
+        await migration.over.wait()
+        return f"{migration.kind} {migration.status}"
+
+
+def leading_error(error: BaseException) -> BaseException:
+    """The error that matters in a group of them: the first that is no consequence of the others' end."""
+    if not isinstance(error, BaseExceptionGroup):
+        return error
+    leaves = [leading_error(inner) for inner in error.exceptions]
+    return next((leaf for leaf in leaves if not isinstance(leaf, trio.Cancelled)), leaves[0])

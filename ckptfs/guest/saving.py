@@ -74,16 +74,16 @@ async def save(guest: Guest, request: SaveRequest) -> str:
         raise StateError(
             "there is no RAM to save: fill the mount (migrate_incoming), or make a block", errno.EINVAL
         )
-    guest.capabilities.check_file_transport()
+    capabilities = guest.settings.capabilities
+    capabilities.check_file_transport()
     name = describe_address(request.address)
-    migration = Migration("save", name, guest.on_status, guest.capabilities.multifd)
-    async with guest.migrating(migration):
+    async with guest.migrations.run("save", name, multifd=capabilities.multifd) as migration:
         target = await trio.to_thread.run_sync(
             open_target,
             request.address,
             request.identity,
-            guest.descriptors,
-            guest.mount_device,
+            guest.settings.descriptors,
+            guest.page_cache.device,
             request.expected,
         )
         try:
@@ -96,7 +96,7 @@ async def save(guest: Guest, request: SaveRequest) -> str:
             if request.known is not None and target.published is not None:
                 request.known.version = target.published
     answer = f"saved {name}: {migration.summary()}"
-    if guest.capabilities.mapped_ram and guest.capabilities.x_ignore_shared:
+    if capabilities.mapped_ram and capabilities.x_ignore_shared:
         answer += "; QEMU 10.2 and older can't load mapped-ram with x-ignore-shared"
         log.warning("%s", answer)
     return answer
@@ -119,7 +119,7 @@ async def _save_to(guest: Guest, target: Target, request: SaveRequest, migration
             carried += fresh[idstr].stack.written
         image = _configured(guest, image, epoch)
         migration.advance(MigrationStatus.ACTIVE)
-        write = write_checkpoint if guest.capabilities.mapped_ram else write_stream
+        write = write_checkpoint if guest.settings.capabilities.mapped_ram else write_stream
         written = await write(
             target.file, request.stream_offset, image, epoch, _save_options(guest), migration.progress
         )
@@ -128,7 +128,7 @@ async def _save_to(guest: Guest, target: Target, request: SaveRequest, migration
         with trio.CancelScope(shield=True):  # either it is published, or it is not
             base = await trio.to_thread.run_sync(_publish, guest, target, written, request.stream_offset)
             if base is not None:
-                await _rebase(guest, epoch, fresh, base)
+                await guest.rebase(epoch, fresh, base)
                 return
     except BaseException:
         await _give_up_epoch(guest, carried)
@@ -138,8 +138,9 @@ async def _save_to(guest: Guest, target: Target, request: SaveRequest, migration
 
 async def _begin_epoch(guest: Guest, request: SaveRequest) -> tuple[Epoch, Image]:
     """Return RAM at one moment, and what goes into the file beside it."""
-    if guest.machine is not None and not request.ram_only:
-        captured = await _capture(guest, guest.machine)
+    machine = guest.machines.bound
+    if machine is not None and not request.ram_only:
+        captured = await _capture(guest, machine)
         if captured is not None:
             return captured
     async with guest.settled():
@@ -153,7 +154,6 @@ async def _capture(guest: Guest, machine: Machine) -> tuple[Epoch, Image] | None
     None if it has been saved while it was paused: QEMU does not do that twice (run state postmigrate), but
     then nothing has changed since, and RAM and device state are those of the base.
     """
-    assert guest.page_cache is not None
     page_cache = guest.page_cache
     async with machine.monitor() as monitor:
         if machine.run_state == "postmigrate":
@@ -167,8 +167,8 @@ async def _capture(guest: Guest, machine: Machine) -> tuple[Epoch, Image] | None
         flush = partial(page_cache.flush, list(found))
         captured = await capture(monitor, flush, partial(guest.freeze, found))
     epoch, image = await trio.to_thread.run_sync(compose, captured, list(guest.blocks))
-    guest.migration.downtime = captured.downtime
-    guest.machine_ran = True
+    guest.migrations.newest.downtime = captured.downtime
+    guest.machines.note_run()
     return epoch, image
 
 
@@ -176,14 +176,14 @@ def _refuse_mixed_moments(guest: Guest, request: SaveRequest) -> None:
     """RAM of one moment and device state of another would be a checkpoint that corrupts its guest."""
     if request.ram_only:
         return
-    unchanged = guest.machine_ran and guest.has_device_state and not guest.has_written
-    if guest.machine is not None and not unchanged:
+    unchanged = guest.machines.have_run and guest.has_device_state and not guest.has_written
+    if guest.machines.bound is not None and not unchanged:
         raise StateError(
             "QEMU has saved this guest while it was stopped, and does not save it once more before it has run: "
             "`cont`, then save",
             errno.EBUSY,
         )
-    if guest.machine_ran and guest.has_device_state and guest.has_written:
+    if guest.machines.have_run and guest.has_device_state and guest.has_written:
         raise StateError(
             "a machine has run on this RAM, so the device state of the checkpoint is older than RAM: "
             "bind its QMP socket (qmp SOCKET) to save both, or say `save ram-only`, or `reset`",
@@ -200,8 +200,8 @@ def _image(guest: Guest, ram_only: bool) -> Image:
 
 def _configured(guest: Guest, image: Image, epoch: Epoch) -> Image:
     """The image as the capabilities want it."""
-    capabilities = tuple(name for name in (IGNORE_SHARED, MAPPED_RAM) if guest.capabilities.get(name))
-    uuid = uuid_of(image.subsections) or guest.uuid if guest.capabilities.validate_uuid else None
+    capabilities = tuple(name for name in (IGNORE_SHARED, MAPPED_RAM) if guest.settings.capabilities.get(name))
+    uuid = uuid_of(image.subsections) or guest.settings.uuid if guest.settings.capabilities.validate_uuid else None
     return image.configured(capabilities, uuid, _ignored(guest, epoch))
 
 
@@ -210,7 +210,7 @@ def _ignored(guest: Guest, epoch: Epoch) -> set[str]:
 
     That file is never written here, so whatever was written over it would be lost: StateError (EPERM).
     """
-    if guest.base is None or not guest.capabilities.x_ignore_shared:
+    if guest.base is None or not guest.settings.capabilities.x_ignore_shared:
         return set()
     for idstr in guest.base.shared:
         if any(layer.present.any(0, layer.present.page_count) for layer in epoch.stacks[idstr].written):
@@ -233,7 +233,7 @@ def _publish(guest: Guest, target: Target, written: Written, stream_offset: int)
         target.publish()
         return None
     try:
-        base = Base(target.path, file, stream_offset, guest.base_options())
+        base = Base(target.path, file, stream_offset, guest.settings.base_options())
     except BaseException:
         file.close()
         raise
@@ -247,11 +247,11 @@ def _publish(guest: Guest, target: Target, written: Written, stream_offset: int)
 
 def _save_options(guest: Guest) -> SaveOptions:
     """As QEMU: without multifd there is one channel, and direct-io has no effect."""
-    parameters, multifd = guest.parameters, guest.capabilities.multifd
+    parameters, multifd = guest.settings.parameters, guest.settings.capabilities.multifd
     rate_limit = RateLimit()
     return SaveOptions(
         channel_count=parameters.multifd_channels if multifd else 1,
-        direct_io=guest.requested_direct_io() if multifd else DirectIO(False),
+        direct_io=guest.settings.direct_io() if multifd else DirectIO(False),
         zero_page_detection=parameters.zero_page_detection,
         wait_for_bandwidth=partial(_wait_for_bandwidth, guest, rate_limit),
         charge=rate_limit.charge,
@@ -260,53 +260,11 @@ def _save_options(guest: Guest) -> SaveOptions:
 
 async def _wait_for_bandwidth(guest: Guest, rate_limit: RateLimit, length: int) -> None:
     """max-bandwidth may change while a save runs, and counts at once."""
-    rate_limit.bytes_per_second = guest.parameters.max_bandwidth
+    rate_limit.bytes_per_second = guest.settings.parameters.max_bandwidth
     while delay := rate_limit.delay(trio.current_time()):
         await trio.sleep(delay)
-        rate_limit.bytes_per_second = guest.parameters.max_bandwidth
+        rate_limit.bytes_per_second = guest.settings.parameters.max_bandwidth
     rate_limit.charge(length)
-
-
-async def _rebase(guest: Guest, epoch: Epoch, fresh: dict[str, GuestBlock], base: Base) -> None:
-    """Put the checkpoint that ``epoch`` was saved to below what was written since.
-
-    ``fresh`` are empty blocks for those that the machine handed over. The checkpoint has its final name
-    already, so a lack of memory is no error here: RAM is then read from it.
-    """
-    former = None if guest.restored else guest.base  # that of a restored guest is closed
-    if guest.restored:
-        try:
-            await _keep_in_memory(guest, epoch)
-        except OSError as error:
-            log.warning("%s: RAM is no longer all in memory: %s", base.path, error.strerror)
-            guest.restored = False
-    dropped: list[Layer] = []
-    for idstr, frozen in epoch.stacks.items():
-        if idstr not in epoch.carried:
-            dropped += guest.blocks[idstr].rebase(frozen, base.blocks[idstr], keep_restored=guest.restored)
-        else:
-            # its file, if it has one, shows from now on what the machine had
-            block = guest.blocks.setdefault(idstr, fresh[idstr])
-            dropped += block.replace(frozen, fresh[idstr], base.blocks[idstr], keep_restored=guest.restored)
-    guest.base = base
-    await close_layers(dropped)
-    if guest.restored:
-        await base.aclose()
-    elif former is not None:
-        await former.aclose()
-    if epoch.carried and guest.page_cache is not None:
-        await guest.page_cache.forget(epoch.carried)
-
-
-async def _keep_in_memory(guest: Guest, epoch: Epoch) -> None:
-    """A guest that was restored as a whole stays independent of any file: its pages stay in memory."""
-    for idstr, stack in epoch.stacks.items():
-        if idstr in epoch.carried:
-            continue
-        assert stack.restored is not None
-        for layer in reversed(stack.written):
-            while stack.restored.absorb_some(layer):
-                await trio.lowlevel.checkpoint()
 
 
 async def _give_up_epoch(guest: Guest, carried: list[Layer]) -> None:

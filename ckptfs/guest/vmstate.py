@@ -46,7 +46,8 @@ async def vmstate(guest: Guest, left_out: list[str], user: RAMUser, others: list
     inside = [block for idstr, block in guest.blocks.items() if idstr not in left_out]
     pages = [run for block in inside for run in await _runs(guest, block)]
     stream = vmstate_stream(guest.base.checkpoint, left_out, pages, guest.base.setup, guest.base.device_state)
-    guest.machine_ran = guest.machine_ran or bool(user.maps_shared)
+    if user.maps_shared:
+        guest.machines.note_run()
     return stream
 
 

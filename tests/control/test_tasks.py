@@ -50,7 +50,7 @@ def living() -> tuple[int, Footprint]:
 async def guest(tmp_path: Path) -> AsyncIterator[Guest]:
     """Half of its RAM is in a checkpoint, a part of that is written again; cycles of references stay."""
     guest = Guest.fresh([("pc.ram", 2 * MiB), ("vga.vram", MiB)])
-    guest.parameters = guest.parameters.set("multifd-channels", 2)
+    guest.settings.set_parameter("multifd-channels", 2)
     await guest.write(guest.blocks["pc.ram"], 0, os.urandom(MiB))
     await save(guest, request(tmp_path / "checkpoint"))
     await guest.write(guest.blocks["pc.ram"], MiB // 2, os.urandom(MiB))
@@ -114,15 +114,15 @@ async def test_a_save_that_is_cancelled_in_each_state(guest: Guest, tmp_path: Pa
             nonlocal steps
             steps += 1
             if steps == number:
-                nursery.start_soon(tried, guest.cancel)
+                nursery.start_soon(tried, guest.migrations.cancel)
 
-        guest.on_status = cancel_at_the_step
+        guest.migrations.watch(cancel_at_the_step)
         cancelled_save = partial(save, guest, request(tmp_path / f"cancelled {number}"))
         async with trio.open_nursery() as nursery:
             worked = await tried(cancelled_save)
         if steps < number:
             break
-        assert guest.migration.status == ("completed" if worked else "cancelled")
+        assert guest.migrations.newest.status == ("completed" if worked else "cancelled")
         assert worked == (tmp_path / f"cancelled {number}").exists()
         if not worked:
             assert living() == before
@@ -147,10 +147,10 @@ async def test_a_save_is_over_only_when_nothing_writes_any_more(
     async with trio.open_nursery() as nursery:
         nursery.start_soon(tried, lambda: save(guest, request(tmp_path / "again")))
         await trio.to_thread.run_sync(inside.wait)
-        nursery.start_soon(tried, guest.cancel)
+        nursery.start_soon(tried, guest.migrations.cancel)
         await trio.testing.wait_all_tasks_blocked()
-        assert guest.migration.status == "cancelling"
+        assert guest.migrations.newest.status == "cancelling"
         may_go_on.set()
-    assert guest.migration.status == "cancelled"
+    assert guest.migrations.newest.status == "cancelled"
     assert living() == before
     assert os.listdir(tmp_path) == ["checkpoint"]

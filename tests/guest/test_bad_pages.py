@@ -89,8 +89,8 @@ async def test_each_page_is_good_or_bad_by_itself(guest: Guest, bad_sectors: Bad
             assert await bad_pages_in(guest, page, page + 1) == [page]
         else:
             assert await read(guest, page, page + 1) == GOLDEN[page * PAGE : (page + 1) * PAGE]
-    assert set(guest.bad_pages) == {("pc.ram", page) for page in bad_sectors.pages}
-    assert guest.bad_pages["pc.ram", 7] == "pc.ram: page 7 can't be read: [Errno 5] Input/output error"
+    assert set(guest.readers.bad_pages) == {("pc.ram", page) for page in bad_sectors.pages}
+    assert guest.readers.bad_pages["pc.ram", 7] == "pc.ram: page 7 can't be read: [Errno 5] Input/output error"
 
 
 async def test_a_long_read_names_all_that_are_bad(guest: Guest, bad_sectors: BadSectors) -> None:
@@ -119,10 +119,10 @@ async def test_a_page_that_becomes_good_again_is_read(guest: Guest, bad_sectors:
 
 
 async def test_no_more_bad_pages_are_kept_than_that(guest: Guest, bad_sectors: BadSectors) -> None:
-    guest.bad_pages = {("other", page): "" for page in range(62)}
+    guest.readers.note_bad_pages(BadPagesError("other", dict.fromkeys(range(62), "")))
     bad_sectors.pages = {1, 2, 3, 4}
     assert await bad_pages_in(guest, 0, 10) == [1, 2, 3, 4]
-    assert len(guest.bad_pages) == 64
+    assert len(guest.readers.bad_pages) == 64
 
 
 async def test_a_bad_page_can_be_written_only_as_a_whole(guest: Guest, bad_sectors: BadSectors) -> None:
@@ -146,7 +146,7 @@ async def test_a_bad_page_that_was_written_harms_nobody(
         await guest.write(guest.blocks["pc.ram"], page * PAGE, b"w" * PAGE)
     expected = fill(64, {**PAGES, 4: b"w" * PAGE, 21: b"w" * PAGE})
     assert (await ram_of(guest))["pc.ram"] == expected
-    assert not guest.bad_pages
+    assert not guest.readers.bad_pages
     await save(guest, save_request(tmp_path / "checkpoint"))
     assert ram_in(tmp_path / "checkpoint")["pc.ram"] == expected
 

@@ -3,7 +3,6 @@
 import os
 import threading
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -88,7 +87,7 @@ def golden(tmp_path: Path) -> Path:
 async def guest(golden: Path, reads: GatedReads) -> AsyncIterator[Guest]:
     before = open_descriptors()
     guest = Guest.incoming(open_base(golden, channel_count=2))
-    guest.capabilities = guest.capabilities.set("multifd", True)
+    guest.settings.set_capability("multifd", True)
     yield guest
     reads.open()
     guest.close()
@@ -200,7 +199,7 @@ async def test_a_reader_does_not_suffer_from_bad_pages_that_are_not_his(
         await wait_all_tasks_blocked()
         reads.open()
     assert outcome["data"] == GOLDEN[210 * PAGE : 220 * PAGE]
-    assert {page for _, page in guest.bad_pages} == set(range(250, 300))
+    assert {page for _, page in guest.readers.bad_pages} == set(range(250, 300))
 
 
 def pages_offset_of(guest: Guest) -> int:
@@ -384,7 +383,7 @@ async def test_a_cancelled_save_leaves_everything_as_it_was(
     async with held_save(guest, save_request(path)) as held:
         await guest.write(block, 60 * PAGE, b"meanwhile")
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(guest.cancel)
+            nursery.start_soon(guest.migrations.cancel)
             await wait_all_tasks_blocked()
             held.go_on()
     assert isinstance(held.error, StateError)
@@ -414,7 +413,7 @@ async def test_a_reader_does_not_suffer_when_the_save_before_is_cancelled(
         await reads.wait_for_reader()
         outcome = in_background(nursery, guest, 5 * PAGE, PAGE)
         await wait_all_tasks_blocked()
-        await guest.cancel()
+        await guest.migrations.cancel()
         reads.open()
     assert outcome["data"] == GOLDEN[5 * PAGE : 6 * PAGE]
 
@@ -423,7 +422,7 @@ async def test_a_reader_does_not_suffer_when_the_save_before_is_cancelled(
 
 
 async def test_a_reader_in_line_when_a_restore_ends_is_served_from_memory(guest: Guest, reads: GatedReads) -> None:
-    guest.parameters = replace(guest.parameters, multifd_channels=1)
+    guest.settings.set_parameter("multifd-channels", 1)
     first = pages_offset_of(guest)
     reads.shut()
     reads.let_pass(first, first + 200 * PAGE, first + 256 * PAGE)

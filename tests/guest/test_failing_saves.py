@@ -4,7 +4,6 @@ import errno
 import gc
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -56,7 +55,7 @@ class World:
 
     def __init__(self, guest: Guest, directory: Path) -> None:
         self.guest = guest
-        self.guest.capabilities = guest.capabilities.set("multifd", True)
+        guest.settings.set_capability("multifd", True)
         self.path = directory / "checkpoint"
         self._random = Random(1)
         self.ram = b""
@@ -242,7 +241,7 @@ async def test_short_reads_and_writes_make_the_same_file(
     make_world: MakeWorld, monkeypatch: pytest.MonkeyPatch, granularity: int, direct_io: bool
 ) -> None:
     world = await make_world(incoming)
-    world.guest.parameters = replace(world.guest.parameters, direct_io=direct_io)
+    world.guest.settings.set_parameter("direct-io", direct_io)
     await world.save()
     faultless = world.path.read_bytes()
     short = ShortTransfers(monkeypatch, granularity)

@@ -47,7 +47,7 @@ def killed_save(path: Path, number: int) -> None:
 
     async def save_until_killed() -> None:
         guest = Guest.incoming(open_base(path))
-        guest.capabilities = guest.capabilities.set("multifd", True)
+        guest.settings.set_capability("multifd", True)
         await guest.write(guest.blocks["pc.ram"], 0, bytes([number]) * PAGE)
         for name in CALLS:
             setattr(os, name, counting(getattr(os, name)))

@@ -9,7 +9,7 @@ import hashlib
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -253,8 +253,9 @@ async def run_on_golden(
 async def run(
     guest: Guest, model: Model, directory: Path, sequence: list[Operation], options: dict[str, Any], multifd: bool
 ) -> None:
-    guest.parameters = replace(guest.parameters, **options)
-    guest.capabilities = guest.capabilities.set("multifd", multifd)
+    for name, value in options.items():
+        guest.settings.set_parameter(name.replace("_", "-"), value)
+    guest.settings.set_capability("multifd", multifd)
     performed = Run(guest, model, directory)
     await performed.check()
     for operation in sequence:

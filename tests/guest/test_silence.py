@@ -108,7 +108,7 @@ async def test_what_is_owed_is_not_asked_for_again(
     await late.returned.wait()
     assert not base_of(guest).unanswered
     assert await read(guest, 4, 12) == GOLDEN[4 * PAGE : 12 * PAGE]
-    assert not guest.bad_pages
+    assert not guest.readers.bad_pages
 
 
 @pytest.mark.parametrize(

@@ -36,8 +36,9 @@ async def guest(tmp_path: Path) -> AsyncIterator[Guest]:
     before = open_descriptors()
     GOLDEN.write(tmp_path / "golden")
     guest = Guest.incoming(open_base(tmp_path / "golden"))
-    guest.capabilities = guest.capabilities.set("multifd", False).set("mapped-ram", False)
-    guest.parameters = guest.parameters.set("max-bandwidth", 0)
+    guest.settings.set_capability("multifd", False)
+    guest.settings.set_capability("mapped-ram", False)
+    guest.settings.set_parameter("max-bandwidth", 0)
     yield guest
     guest.close()
     assert open_descriptors() == before
@@ -65,7 +66,7 @@ async def assert_saved(guest: Guest, path: Path, offset: int = 0) -> None:
 async def test_any_mixture_of_memory(
     detection: ZeroPageDetection, restored: bool, guest: Guest, tmp_path: Path
 ) -> None:
-    guest.parameters = guest.parameters.set("zero-page-detection", detection)
+    guest.settings.set_parameter("zero-page-detection", detection)
     random = Random(7)
     if restored:
         await guest.restore()
@@ -76,7 +77,7 @@ async def test_any_mixture_of_memory(
         await save(guest, save_request(path))
         assert await ram_of(guest) == before
         await assert_saved(guest, path)
-    assert guest.migration.progress.remaining_pages == 0
+    assert guest.migrations.newest.progress.remaining_pages == 0
 
 
 @pytest.mark.parametrize(("names", "step"), [(("pwritev",), 1), (("pread",), 7)])
@@ -133,9 +134,9 @@ async def test_max_bandwidth_is_a_limit(guest: Guest, tmp_path: Path) -> None:
     """Of 5.6 MB at 8 MB/s; a slow machine may take longer."""
     limit = 8_000_000
     await guest.write(guest.blocks["pc.ram"], 0, np.ones(PAGE_COUNT * PAGE, np.uint8).tobytes())
-    guest.parameters = guest.parameters.set("max-bandwidth", limit)
+    guest.settings.set_parameter("max-bandwidth", limit)
     await save(guest, save_request(tmp_path / "plain"))
-    migration = guest.migration
+    migration = guest.migrations.newest
     assert migration.active is not None
     assert migration.ended is not None
     length = migration.progress.transferred
@@ -146,7 +147,7 @@ async def test_max_bandwidth_is_a_limit(guest: Guest, tmp_path: Path) -> None:
 
 async def test_a_save_that_is_cancelled_leaves_nothing(guest: Guest, tmp_path: Path) -> None:
     path, before = tmp_path / "plain", await ram_of(guest)
-    guest.parameters = guest.parameters.set("max-bandwidth", 1)
+    guest.settings.set_parameter("max-bandwidth", 1)
     refused: list[StateError] = []
 
     async def cancelled_save() -> None:
@@ -156,12 +157,12 @@ async def test_a_save_that_is_cancelled_leaves_nothing(guest: Guest, tmp_path: P
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(cancelled_save)
-        while not guest.migration.progress.transferred:
+        while not guest.migrations.newest.progress.transferred:
             await trio.lowlevel.checkpoint()
-        assert await guest.cancel() == "save cancelled"
+        assert await guest.migrations.cancel() == "save cancelled"
     assert refused[0].errno == errno.ECANCELED
     assert os.listdir(tmp_path) == ["golden"]
-    guest.parameters = guest.parameters.set("max-bandwidth", 0)
+    guest.settings.set_parameter("max-bandwidth", 0)
     await save(guest, save_request(path))
     await assert_saved(guest, path)
     assert await ram_of(guest) == before
