@@ -24,6 +24,7 @@ When nothing is left to evict, every page is held by the daemon alone, and whoev
 """
 
 import errno
+import mmap
 import os
 import struct
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -53,6 +54,12 @@ class FileRange(NamedTuple):
     inode: int
     start: int
     stop: int
+
+    def whole_pages(self) -> "FileRange":
+        """The pages that this range touches: the kernel locks a page as a whole, for a byte of it as well."""
+        start = self.start // mmap.PAGESIZE * mmap.PAGESIZE
+        stop = -(-self.stop // mmap.PAGESIZE) * mmap.PAGESIZE
+        return FileRange(self.inode, start, stop)
 
     def overlaps(self, other: "FileRange") -> bool:
         """Whether the two share a byte."""
@@ -91,6 +98,7 @@ class Settling:
         """Return when ``request`` may be served: now, or after the epoch has begun."""
         if self._over.is_set():
             return
+        request = request.whole_pages()
         if self._active is not None and self._active.overlaps(request):
             if writing or not await self._outlasts_eviction(request):
                 self._pending.append(request)

@@ -8,6 +8,8 @@ Pages are numbers and their content is a version: every store makes a new one. W
   takes the page's lock and makes it dirty;
 * writeback makes dirty pages clean and write-protects them, and sends them in one WRITE;
 * write(2) of a page puts it into the cache, unlocked and up to date, *before* its WRITE is answered;
+* write(2) of a part of a page that is not up to date keeps all of the page locked until its WRITE is answered;
+* there is one write(2) at a time: it holds the lock of the inode;
 * evicting takes the lock of each page in turn, waits for its writeback, unmaps it, writes it if it is dirty,
   and drops it.
 
@@ -59,10 +61,20 @@ class Daemon:
         await self._take_up_to(SLOWEST_WRITE)
         self.content[start : start + len(content)] = content
 
+    async def write_part(self, number: int, start: int, stop: int, version: int) -> None:
+        """WRITE of bytes [start, stop) of one page."""
+        at = number * PAGE_LENGTH
+        await self._admit_bytes(at + start, at + stop, writing=True)
+        await self._take_up_to(SLOWEST_WRITE)
+        self.content[number] = version
+
     async def _admit(self, start: int, stop: int, *, writing: bool) -> None:
+        await self._admit_bytes(start * PAGE_LENGTH, stop * PAGE_LENGTH, writing=writing)
+
+    async def _admit_bytes(self, start: int, stop: int, *, writing: bool) -> None:
         await trio.lowlevel.checkpoint()
         if self.settling is not None:
-            await self.settling.admit(FileRange(INODE, start * PAGE_LENGTH, stop * PAGE_LENGTH), writing=writing)
+            await self.settling.admit(FileRange(INODE, start, stop), writing=writing)
 
     async def _take_up_to(self, seconds: float) -> None:
         await trio.sleep(self._random.choice([0, self._random.uniform(0, seconds)]))
@@ -80,6 +92,7 @@ class Kernel:
         self._versions = 0
         self._random = random
         self.slowest_eviction = slowest_eviction
+        self._inode_lock = trio.Lock()
 
     def _new_version(self) -> int:
         self._versions += 1
@@ -111,8 +124,12 @@ class Kernel:
                 await self._read_around(number)
                 continue
             async with page.lock:
-                if self.pages.get(number) is page and page.up_to_date:
-                    return page
+                if self.pages.get(number) is not page:
+                    continue
+                if not page.up_to_date:
+                    (page.content,) = await self.daemon.read(number, number + 1)
+                    page.up_to_date = True
+                return page
 
     async def _read_around(self, number: int) -> None:
         start, stop = number, number + 1
@@ -131,15 +148,39 @@ class Kernel:
 
     async def write(self, start: int, stop: int) -> None:
         """write(2) of whole pages."""
+        async with self._inode_lock:
+            await self._write(start, stop)
+
+    async def write_part(self, number: int, start: int, stop: int) -> None:
+        """write(2) of bytes [start, stop) of one page: the page has a new version, wherever in it that is."""
+        async with self._inode_lock:
+            page = await self._locked_page(number)
+            await self._wait_written_back(page)
+            version = page.content = self._new_version()
+            if page.up_to_date:
+                page.lock.release()
+            await self.daemon.write_part(number, start, stop, version)
+            self.newest[number] = version
+            if not page.up_to_date:
+                page.lock.release()
+
+    async def _locked_page(self, number: int) -> Page:
+        """The page in the cache, a new one if need be, with its lock held."""
+        while True:
+            page = self.pages.setdefault(number, Page())
+            await page.lock.acquire()
+            if self.pages.get(number) is page:
+                return page
+            page.lock.release()  # it was evicted meanwhile
+
+    async def _write(self, start: int, stop: int) -> None:
         content = []
         for number in range(start, stop):
-            page = self.pages.setdefault(number, Page())
-            async with page.lock:
-                if self.pages.setdefault(number, page) is not page:
-                    page = self.pages[number] = Page()  # it was evicted meanwhile; nobody else writes here
-                await self._wait_written_back(page)
-                page.content, page.up_to_date = self._new_version(), True
-                content.append(page.content)
+            page = await self._locked_page(number)
+            await self._wait_written_back(page)
+            page.content, page.up_to_date = self._new_version(), True
+            content.append(page.content)
+            page.lock.release()
         await self.daemon.write(start, content)
         self.newest[start:stop] = content
 

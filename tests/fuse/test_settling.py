@@ -96,6 +96,19 @@ class World:
             self.writes_under_way -= 1
             await self.pause()
 
+    async def write_parts(self) -> None:
+        """write(2) from anywhere to anywhere, one after another, and now and then across a border of pages."""
+        at = 0
+        while not self.stopped:
+            number, start = divmod(at, PAGE_LENGTH)
+            stop = min(start + 1000, PAGE_LENGTH)
+            at = (at + stop - start) % (PAGE_COUNT * PAGE_LENGTH)
+            if number in self.written:
+                self.writes_under_way += 1
+                await self.kernel.write_part(number, start, stop)
+                self.writes_under_way -= 1
+                await self.pause()
+
     async def flush(self) -> None:
         while not self.stopped:
             await self.kernel.write_back(self.random.randrange(PAGE_COUNT))
@@ -133,6 +146,18 @@ def test_all_comes_to_rest_among_programs_of_every_kind(seed: int) -> None:
     programs = [world.store_through_mmap] * 3 + [world.load_through_mmap] * 2 + [world.write, world.flush]
     run(seed, lambda: world.run(*programs, rounds=4))
     assert world.kernel.store_count > 30
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_all_comes_to_rest_among_writes_of_parts_of_pages(seed: int) -> None:
+    world = World(seed)
+    programs = [world.store_through_mmap] * 2 + [
+        world.load_through_mmap,
+        world.write,
+        world.write_parts,
+        world.flush,
+    ]
+    run(seed, lambda: world.run(*programs, rounds=4))
 
 
 @pytest.mark.parametrize("seed", range(30))

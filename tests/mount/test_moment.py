@@ -145,6 +145,34 @@ def test_a_checkpoint_of_ram_that_is_written_meanwhile(
     assert _save_and_look(mounted, tmp_path / "checkpoint", len(ends)) == steps
 
 
+# Writes 1000 bytes at a time from the beginning to the end, again and again, until its stdin is closed.
+WRITER_OF_PARTS = f"""
+import itertools, os, select, sys
+fd = os.open(sys.argv[1], os.O_RDWR)
+print("ready", flush=True)
+for step in itertools.count():
+    os.pwrite(fd, bytes([step % 251]) * 1000, step * 1000 % ({LENGTH} - 1000))
+    if select.select([0], [], [], 0)[0]:
+        break
+"""
+
+
+def test_saves_end_while_parts_of_pages_are_written(mount: Mount, tmp_path: Path) -> None:
+    """A page of which a part is being written is locked as a whole: eviction waits for it."""
+    mounted = mount(tmp_path / "checkpoint", f"ram=pc.ram:{LENGTH}")
+    command = [sys.executable, "-c", WRITER_OF_PARTS, str(mounted.ram / "pc.ram")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            for _ in range(30):
+                mounted.ctl("save")
+            process.communicate()
+            assert process.returncode == 0
+        finally:
+            process.kill()
+
+
 def _targets(directory: Path) -> list[Path]:
     """The mounted file and others in turn: saves over the base and beside it."""
     return [directory / ("checkpoint" if number % 2 else f"checkpoint{number}") for number in range(SAVES)]
