@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+from tests.doubles.storage import open_descriptors, wait_until_open
 from tests.qemu.guest import Guest, build_guest
 from tests.qemu.stock_checkpoint import StockCheckpoints
 
@@ -39,6 +40,30 @@ def _fail_if_skipped(report: pytest.TestReport | pytest.CollectReport) -> None:
     if report.skipped and os.environ.get("CI"):
         report.outcome = "failed"
         report.longrepr = f"skipped, and CI is set: {report.longreprtext}"
+
+
+# --- nothing stays open -----------------------------------------------------------------------------------
+
+_FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    item.stash[_FAILED] = True
+    yield
+    item.stash[_FAILED] = False
+
+
+@pytest.fixture
+def nothing_stays_open(request: pytest.FixtureRequest) -> Iterator[None]:
+    """This process has in the end what it had open before: to be used by whatever opens and closes things.
+
+    Of a test that failed that is not asked: its traceback holds on to them, and would be hidden by another error.
+    """
+    before = open_descriptors()
+    yield
+    if not request.node.stash.get(_FAILED, True):
+        wait_until_open(before)
 
 
 # --- a warning or a traceback in the log fails the test ---------------------------------------------------

@@ -10,10 +10,11 @@ from ckptfs.channels.descriptors import Descriptors, describe_address
 from ckptfs.channels.target import HandedTarget
 from ckptfs.errors import CommandError, StorageError
 from ckptfs.migration.address import FdAddress, FileMigrationArgs
-from tests.doubles.storage import open_descriptors
 
 FDSET = FileMigrationArgs("/dev/fdset/7", 0)
 BUFFERED = DirectIO(wanted=False)
+
+pytestmark = pytest.mark.usefixtures("nothing_stays_open")
 
 
 @pytest.fixture
@@ -21,13 +22,6 @@ def path(tmp_path: Path) -> Path:
     path = tmp_path / "file"
     path.write_bytes(b"prefix" + b"former" * 1000)
     return path
-
-
-@pytest.fixture(autouse=True)
-def _nothing_stays_open() -> Iterator[None]:
-    before = open_descriptors()
-    yield
-    assert open_descriptors() == before
 
 
 @pytest.fixture

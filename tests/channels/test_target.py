@@ -1,7 +1,7 @@
 import errno
 import fcntl
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,8 @@ FORMER = b"QEVM" + b"former" * 1000
 NEWER = b"QEVM" + b"newer" * 1000
 LEFTOVER = ".vm1.0123456789ab.ckptfs-partial"
 
+pytestmark = pytest.mark.usefixtures("nothing_stays_open")
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as somebody else")
-
-
-@pytest.fixture(autouse=True)
-def _nothing_stays_open() -> Iterator[None]:
-    before = open_descriptors()
-    yield
-    assert open_descriptors() == before
 
 
 @pytest.fixture

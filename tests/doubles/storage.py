@@ -3,13 +3,13 @@
 import errno
 import gc
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from random import Random
 from typing import Any
 
 import pytest
-import trio
 
 
 def open_descriptors() -> dict[str, str]:
@@ -23,12 +23,12 @@ def open_descriptors() -> dict[str, str]:
     return links
 
 
-async def wait_until_open(expected: dict[str, str]) -> None:
+def wait_until_open(expected: dict[str, str]) -> None:
     """Return when nothing else is open: a thread that was left to itself closes its descriptor when it ends."""
-    with trio.fail_after(10):
-        while open_descriptors() != expected:
-            gc.collect()  # tracebacks of errors that tests saw hold on to memory
-            await trio.lowlevel.checkpoint()
+    deadline = time.monotonic() + 10
+    while (found := open_descriptors()) != expected:
+        assert time.monotonic() < deadline, (found, expected)
+        gc.collect()  # tracebacks of errors that tests saw hold on to memory
 
 
 class ShortTransfers:

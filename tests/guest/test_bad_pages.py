@@ -1,7 +1,6 @@
 """Pages that are in the checkpoint and can't be read: EIO for them alone, and never zeros."""
 
 import errno
-import gc
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,12 +12,11 @@ from ckptfs.guest.base import BadPagesError
 from ckptfs.guest.guest import Guest
 from ckptfs.guest.saving import save
 from tests.doubles.checkpoints import fill, open_base, ram_in, ram_of, save_request
-from tests.doubles.migration_file import Block, MigrationFile
-from tests.doubles.storage import open_descriptors
 
 PAGE = 4096
+PAGE_COUNT = 64
 PAGES = {page: bytes([page + 1]) * PAGE for page in [*range(10), *range(20, 30), 40]}
-GOLDEN = fill(64, PAGES)
+GOLDEN = fill(PAGE_COUNT, PAGES)
 
 
 class BadSectors:
@@ -45,15 +43,7 @@ def bad_sectors(monkeypatch: pytest.MonkeyPatch) -> BadSectors:
 
 
 @pytest.fixture
-def golden(tmp_path: Path) -> Path:
-    path = tmp_path / "golden"
-    MigrationFile(blocks=[Block("pc.ram", 64, PAGES)]).write(path)
-    return path
-
-
-@pytest.fixture
-def guest(golden: Path, bad_sectors: BadSectors) -> Iterator[Guest]:
-    before = open_descriptors()
+def guest(golden: Path, bad_sectors: BadSectors, nothing_stays_open: None) -> Iterator[Guest]:
     guest = Guest.incoming(open_base(golden))
     assert guest.base is not None
     (block,) = guest.base.checkpoint.blocks
@@ -61,8 +51,6 @@ def guest(golden: Path, bad_sectors: BadSectors) -> Iterator[Guest]:
     bad_sectors.pages_offset = block.pages_offset
     yield guest
     guest.close()
-    gc.collect()  # tracebacks of errors that tests saw hold on to memory
-    assert open_descriptors() == before
 
 
 @pytest.fixture(autouse=True)

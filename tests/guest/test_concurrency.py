@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -18,8 +18,6 @@ from ckptfs.guest.layer import Layer
 from ckptfs.guest.saving import save
 from tests.doubles.checkpoints import fill, open_base, ram_in, ram_of, save_request
 from tests.doubles.held_save import held_save
-from tests.doubles.migration_file import Block, MigrationFile
-from tests.doubles.storage import open_descriptors, wait_until_open
 
 PAGE = 4096
 PAGE_COUNT = 600
@@ -77,21 +75,12 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> GatedReads:
 
 
 @pytest.fixture
-def golden(tmp_path: Path) -> Path:
-    path = tmp_path / "golden"
-    MigrationFile(blocks=[Block("pc.ram", PAGE_COUNT, PAGES)]).write(path)
-    return path
-
-
-@pytest.fixture
-async def guest(golden: Path, reads: GatedReads) -> AsyncIterator[Guest]:
-    before = open_descriptors()
+def guest(golden: Path, reads: GatedReads, nothing_stays_open: None) -> Iterator[Guest]:
     guest = Guest.incoming(open_base(golden, channel_count=2))
     guest.settings.set_capability("multifd", True)
     yield guest
     reads.open()
     guest.close()
-    await wait_until_open(before)
 
 
 def in_background(nursery: trio.Nursery, guest: Guest, block_offset: int, length: int) -> dict[str, bytes]:
@@ -373,15 +362,16 @@ async def test_a_reader_in_line_when_a_save_ends_is_served_from_the_new_base(
 
 
 async def test_a_cancelled_save_leaves_everything_as_it_was(
-    guest: Guest, reads: GatedReads, tmp_path: Path
+    guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("ckptfs.guest.layer._MOVE_LENGTH", 8 * PAGE)  # in many steps
     path = tmp_path / "checkpoint"
     block = guest.blocks["pc.ram"]
     await save(guest, save_request(path))
     former = path.read_bytes()
     await guest.write(block, 50 * PAGE, b"written")
     async with held_save(guest, save_request(path)) as held:
-        await guest.write(block, 60 * PAGE, b"meanwhile")
+        await guest.write(block, 60 * PAGE, b"meanwhile" * 20 * PAGE)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(guest.migrations.cancel)
             await wait_all_tasks_blocked()
@@ -390,9 +380,10 @@ async def test_a_cancelled_save_leaves_everything_as_it_was(
     assert "the save was cancelled" in str(held.error)
     assert path.read_bytes() == former
     assert sorted(os.listdir(tmp_path)) == ["checkpoint", "golden"]
+    assert len(block.stack.written) == 1
     expected = bytearray(GOLDEN)
     expected[50 * PAGE : 50 * PAGE + 7] = b"written"
-    expected[60 * PAGE : 60 * PAGE + 9] = b"meanwhile"
+    expected[60 * PAGE : 240 * PAGE] = b"meanwhile" * 20 * PAGE
     assert (await ram_of(guest))["pc.ram"] == expected
     await save(guest, save_request(path))
     assert ram_in(path)["pc.ram"] == expected
@@ -500,21 +491,20 @@ async def test_writers_that_are_held_wait_and_readers_do_not(guest: Guest, tmp_p
     block = guest.blocks["pc.ram"]
     await guest.hold_writers()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(guest.write, block, 0, b"later")
+        nursery.start_soon(guest.write, block, 100, b"later")  # the rest of the page is not to be lost
         await wait_all_tasks_blocked()
         assert await guest.read(block, 0, PAGE) == GOLDEN[:PAGE]
         await save(guest, save_request(tmp_path / "checkpoint"))
         guest.let_writers_go()
     assert ram_in(tmp_path / "checkpoint")["pc.ram"] == GOLDEN
-    assert await guest.read(block, 0, 5) == b"later"
+    assert (await ram_of(guest))["pc.ram"] == GOLDEN[:100] + b"later" + GOLDEN[105:]
 
 
 async def test_a_backing_storage_that_gives_no_answer_is_an_error_for_all_who_wait(
-    golden: Path, reads: GatedReads, expect_log: Callable[[str], None]
+    golden: Path, reads: GatedReads, expect_log: Callable[[str], None], nothing_stays_open: None
 ) -> None:
     expect_log(r"ERROR ckptfs\.channels\.channels: .*/golden: the storage gave no answer in 0.05 s")
     expect_log(r"ERROR ckptfs\.guest\.base: pc\.ram: pages 0 to 0 can't be read from the checkpoint: .* no answer")
-    before = open_descriptors()
     guest = Guest.incoming(open_base(golden, channel_count=2, deadline=0.05))
     reads.shut()
     errors = []
@@ -531,4 +521,3 @@ async def test_a_backing_storage_that_gives_no_answer_is_an_error_for_all_who_wa
     assert len(reads.offsets) == 1
     reads.open()
     guest.close()
-    await wait_until_open(before)

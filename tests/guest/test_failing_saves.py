@@ -3,7 +3,7 @@
 import errno
 import gc
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -13,7 +13,7 @@ import trio
 
 from ckptfs.errors import StorageError
 from ckptfs.guest import saving
-from ckptfs.guest.block import PageStack
+from ckptfs.guest.block import PageStack, PageState
 from ckptfs.guest.guest import Guest
 from ckptfs.guest.layer import Layer
 from ckptfs.guest.outgoing import Epoch
@@ -21,8 +21,7 @@ from ckptfs.guest.saving import SaveRequest, save
 from ckptfs.mapped_ram.layout import Image, empty_image
 from tests.doubles.checkpoints import open_base, ram_in, ram_of, save_request
 from tests.doubles.held_save import held_save
-from tests.doubles.migration_file import Block, MigrationFile
-from tests.doubles.storage import FailingCall, ShortTransfers, open_descriptors, wait_until_open
+from tests.doubles.storage import FailingCall, ShortTransfers, open_descriptors
 
 PAGE = 4096
 PAGE_COUNT = 300
@@ -76,27 +75,12 @@ class World:
         return len(self.guest.blocks["pc.ram"].stack.layers)
 
 
-@pytest.fixture
-def golden(tmp_path: Path) -> Path:
-    path = tmp_path / "golden"
-    MigrationFile(blocks=[Block("pc.ram", PAGE_COUNT, PAGES)]).write(path)
-    return path
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    directory = tmp_path / "ckpt"
-    directory.mkdir()
-    return directory
-
-
 MakeWorld = Callable[[Maker], Awaitable[World]]
 
 
 @pytest.fixture
-async def make_world(directory: Path, golden: Path) -> AsyncIterator[MakeWorld]:
+def make_world(directory: Path, golden: Path, nothing_stays_open: None) -> Iterator[MakeWorld]:
     """`await make_world(incoming)`; in the end nothing stays open."""
-    before = open_descriptors()
     worlds = []
 
     async def make_world(make: Maker) -> World:
@@ -107,7 +91,6 @@ async def make_world(directory: Path, golden: Path) -> AsyncIterator[MakeWorld]:
     yield make_world
     for world in worlds:
         world.guest.close()
-    await wait_until_open(before)
 
 
 async def wait_until_so_many_are_open(number: int) -> None:
@@ -215,6 +198,10 @@ async def test_each_layer_of_a_live_save_fails(
         assert os.listdir(directory) == []
         assert await ram_of(guest) == before
     assert number > 3
+    state = PageState.READ if make is restored else PageState.IN_CHECKPOINT  # until somebody reads them
+    for idstr in handed_over:
+        block = guest.blocks[idstr]
+        assert set(block.page_states(0, block.page_count)) == {state.value}
     assert await ram_of(guest) == ram_in(world.path) == handed_over
     await guest.write(guest.blocks["vga.vram"], 5, b"written")
     assert bytes(await guest.read(guest.blocks["vga.vram"], 0, 13)) == b"\2" * 5 + b"written" + b"\2"

@@ -11,7 +11,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import pytest
 import trio
 
 from ckptfs.guest.guest import Guest
@@ -22,13 +21,6 @@ from tests.doubles.migration_file import Block, MigrationFile
 PAGE = 4096
 PAGE_COUNT = 600  # three payloads
 CALLS = ("open", "pwrite", "pwritev", "ftruncate", "fdatasync", "rename", "fsync", "unlink")
-
-
-@pytest.fixture
-def directory(tmp_path: Path) -> Path:
-    directory = tmp_path / "ckpt"
-    directory.mkdir()
-    return directory
 
 
 def killed_save(path: Path, number: int) -> None:

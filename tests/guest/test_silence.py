@@ -3,7 +3,7 @@
 import errno
 import os
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,6 @@ from ckptfs.guest.base import BadPagesError, Base
 from ckptfs.guest.guest import Guest
 from tests.doubles.checkpoints import fill, open_base
 from tests.doubles.migration_file import Block, MigrationFile
-from tests.doubles.storage import open_descriptors, wait_until_open
 
 PAGE = 4096
 PAGES = {page: bytes([page + 1]) * PAGE for page in range(32)}
@@ -53,8 +52,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> SilentReads:
 
 
 @pytest.fixture
-async def guest(tmp_path: Path, reads: SilentReads) -> AsyncIterator[Guest]:
-    before = open_descriptors()
+def guest(tmp_path: Path, reads: SilentReads, nothing_stays_open: None) -> Iterator[Guest]:
     path = tmp_path / "golden"
     MigrationFile(blocks=[Block("pc.ram", 32, PAGES)]).write(path)
     guest = Guest.incoming(open_base(path, channel_count=2, deadline=10))
@@ -62,7 +60,6 @@ async def guest(tmp_path: Path, reads: SilentReads) -> AsyncIterator[Guest]:
     yield guest
     reads.speak()
     guest.close()
-    await wait_until_open(before)
 
 
 def base_of(guest: Guest) -> Base:

@@ -1,0 +1,83 @@
+"""What a guest's RAM is after it was filled, saved and reset, whoever looks at it meanwhile."""
+
+import errno
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ckptfs.errors import StateError
+from ckptfs.guest.guest import Guest, NoPageCache
+from ckptfs.guest.saving import save
+from tests.doubles.checkpoints import fill, open_base, ram_in, ram_of, save_request
+
+PAGE = 4096
+PAGE_COUNT = 64
+PAGES = {page: bytes([page + 1]) * PAGE for page in range(0, 64, 3)}
+GOLDEN = fill(PAGE_COUNT, PAGES)
+
+
+@pytest.fixture
+def guest(golden: Path, nothing_stays_open: None) -> Iterator[Guest]:
+    guest = Guest.incoming(open_base(golden))
+    yield guest
+    guest.close()
+
+
+def patched(ram: bytes, block_offset: int, data: bytes) -> bytes:
+    return ram[:block_offset] + data + ram[block_offset + len(data) :]
+
+
+async def test_a_guest_is_filled_once(guest: Guest, golden: Path) -> None:
+    """Two commands may have opened their checkpoints before either of them fills the guest."""
+    await guest.write(guest.blocks["pc.ram"], 5, b"mine")
+    second = open_base(golden)
+    with pytest.raises(StateError, match="has RAM already") as caught:
+        guest.fill(second)
+    assert caught.value.errno == errno.EEXIST
+    assert (await ram_of(guest))["pc.ram"] == patched(GOLDEN, 5, b"mine")
+
+
+async def test_what_is_written_after_a_look_at_the_pages_with_data_is_saved(guest: Guest, tmp_path: Path) -> None:
+    """stat(2) counts them in the same stack that is then written to, and frozen."""
+    block = guest.blocks["pc.ram"]
+    for page in (1, 2):
+        assert not block.stack.with_data().test(page)
+        await guest.write(block, page * PAGE, b"w" * PAGE)
+        assert block.stack.with_data().test(page)
+        await save(guest, save_request(tmp_path / "checkpoint"))
+        assert ram_in(tmp_path / "checkpoint") == await ram_of(guest)
+
+
+class ReadAtOnce(NoPageCache):
+    """A kernel that somebody has read RAM once more the moment it has forgotten it, and that keeps what it read."""
+
+    def __init__(self, guest: Guest) -> None:
+        self._guest = guest
+        self.pages: dict[str, bytes] = {}
+
+    async def forget(self, idstrs: Iterable[str]) -> None:
+        for idstr in list(idstrs):
+            block = self._guest.blocks[idstr]
+            self.pages[idstr] = bytes(await self._guest.read(block, 0, block.used_length))
+
+
+async def test_who_reads_during_a_reset_reads_the_checkpoint(guest: Guest) -> None:
+    kernel = ReadAtOnce(guest)
+    guest.mounted(kernel)
+    await guest.write(guest.blocks["pc.ram"], 5 * PAGE + 7, b"dropped" * PAGE)
+    await guest.reset()
+    assert kernel.pages == {"pc.ram": GOLDEN}
+
+
+async def test_a_reset_undoes_that_a_machine_has_run(guest: Guest, tmp_path: Path) -> None:
+    block = guest.blocks["pc.ram"]
+    guest.machines.note_run()
+    await guest.write(block, 0, b"by the machine")
+    with pytest.raises(StateError, match="a machine has run on this RAM") as caught:
+        await save(guest, save_request(tmp_path / "checkpoint"))
+    assert caught.value.errno == errno.EPERM
+    await guest.reset()
+    await guest.write(block, 9, b"a patch by hand")
+    await save(guest, save_request(tmp_path / "checkpoint"))
+    assert ram_in(tmp_path / "checkpoint")["pc.ram"] == patched(GOLDEN, 9, b"a patch by hand")
