@@ -21,6 +21,7 @@ from ckptfs.fuse.events import Changes
 from ckptfs.fuse.page_cache import KernelPageCache
 from ckptfs.fuse.ram_files import RAMFiles
 from ckptfs.fuse.report import Origin, describe_mount, query_migrate
+from ckptfs.fuse.sharing import Sharing
 from ckptfs.guest.guest import Guest
 from ckptfs.guest.machine import Machine
 from ckptfs.guest.opening import open_checkpoint
@@ -71,6 +72,7 @@ class Control:
         ram_files: RAMFiles,
         page_cache: KernelPageCache,
         changes: Changes,
+        sharing: Sharing,
         start_soon: Callable[[Callable[[], Awaitable[None]]], None],
     ) -> None:
         self._guest = guest
@@ -80,6 +82,7 @@ class Control:
         self._ram_files = ram_files
         self._page_cache = page_cache
         self._changes = changes
+        self._sharing = sharing
         self._start_soon = start_soon
         self.last = Outcome(b"")
         self.last_command: str | None = None
@@ -111,10 +114,15 @@ class Control:
     async def _save(self, command: ctl.Save, identity: Identity) -> str:
         request = self._save_request(command, identity)
         if not command.nowait:
-            return f"ok {await save(self._guest, request)}"
+            return f"ok {await self._saved(request)}"
         self._guest.migrations.refuse_running()
-        self._go_on(lambda: save(self._guest, request))
+        self._go_on(lambda: self._saved(request))
         return f"ok saving to {describe_address(request.address)} in the background: follow it in status"
+
+    async def _saved(self, request: SaveRequest) -> str:
+        answer = await save(self._guest, request)
+        problem = await self._sharing.look()
+        return answer if problem is None else f"{answer}; but {problem}"
 
     def _save_request(self, command: ctl.Save, identity: Identity) -> SaveRequest:
         target = command.target or self._spec
@@ -289,7 +297,7 @@ class Control:
     def status(self) -> Status:
         """A snapshot of the mount."""
         outcome = self.last.line.decode(errors="replace").strip() or None
-        return describe_mount(self._guest, self._origin, self.last_command, outcome)
+        return describe_mount(self._guest, self._origin, self.last_command, outcome, self._sharing.problem)
 
 
 def _remark(no_effect: str) -> str:

@@ -17,6 +17,7 @@ from ckptfs.fuse.operations import Operations
 from ckptfs.fuse.page_cache import KernelPageCache
 from ckptfs.fuse.ram_files import RAMFiles
 from ckptfs.fuse.report import Origin
+from ckptfs.fuse.sharing import Sharing
 from ckptfs.fuse.tuning import tune_backing_device
 from ckptfs.guest.guest import Guest
 from ckptfs.migration.address import SeekableAddress
@@ -60,8 +61,13 @@ class Mount:
         self._ram_files = RAMFiles(nodes, mountpoint)
         page_cache = KernelPageCache(self._ram_files)
         origin = Origin(source, trio.current_time(), options.backends)
-        self._control = Control(guest, spec, origin, self._ram_files, page_cache, self._changes, self._start_soon)
-        opening = Opening(guest, options, self._ram_files, page_cache, self._control, self._changes, self._events)
+        sharing = Sharing(self._ram_files, self._changes, self._start_soon)
+        self._control = Control(
+            guest, spec, origin, self._ram_files, page_cache, self._changes, sharing, self._start_soon
+        )
+        opening = Opening(
+            guest, options, self._ram_files, page_cache, self._control, self._changes, self._events, sharing
+        )
         self._operations = Operations(nodes, opening)
         guest.migrations.watch(self._on_status)
         guest.mounted(page_cache)

@@ -23,6 +23,7 @@ from ckptfs.fuse.handles import (
 )
 from ckptfs.fuse.page_cache import KernelPageCache
 from ckptfs.fuse.ram_files import Opener, RAMFiles
+from ckptfs.fuse.sharing import Sharing
 from ckptfs.guest.guest import Guest
 from ckptfs.guest.vmstate import backends_on, vmstate
 from ckptfs.namespace.options import MountOptions
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 
 @contextmanager
 def _refusal_logged(what: str, pid: int) -> Iterator[None]:
-    """Whoever tries to change a size has an errno alone to go by, and mostly did not mean to."""
+    """Whoever slips has an errno alone to go by."""
     try:
         yield
     except CkptfsError as error:
@@ -55,6 +56,7 @@ class Opening:
         control: Control,
         changes: Changes,
         events: EventLog,
+        sharing: Sharing,
     ) -> None:
         self._guest = guest
         self._options = options
@@ -63,6 +65,7 @@ class Opening:
         self._control = control
         self._changes = changes
         self._events = events
+        self._sharing = sharing
 
     async def open(self, node: Node, opener: Opener) -> Handle:
         """Open a node. Raises StateError where it can't be opened, or not like that."""
@@ -71,12 +74,16 @@ class Opening:
             case NodeKind.RAM:
                 if opener.writes and self._guest.read_only:
                     raise StateError("the mount is read-only (ro)", errno.EROFS)
+                with _refusal_logged("RAM", opener.pid):
+                    await self._sharing.refuse_second(subject, opener)
                 if opener.flags & os.O_TRUNC:  # the kernel leaves it to us, and forgets what it has cached
                     in_use = await self._ram_files.in_use(inode)
                     with _refusal_logged("O_TRUNC", opener.pid):
                         self._guest.refuse_emptying(subject, in_use=in_use)
                 block = self._guest.blocks[subject]
-                return RAMHandle(inode, opener, self._guest, block, self._page_cache, self._ram_files)
+                handle = RAMHandle(inode, opener, self._guest, block, self._page_cache, self._ram_files)
+                self._sharing.look_soon()
+                return handle
             case NodeKind.PAGES:
                 return PagesHandle(inode, opener, self._guest.blocks[subject])
             case NodeKind.CTL:

@@ -60,6 +60,11 @@ class RAMFiles:
         self.device = -1
         """st_dev of the mount, once it is there."""
 
+    @property
+    def idstrs(self) -> list[str]:
+        """All blocks."""
+        return [node.subject for node in self._nodes.tree.list(RAM.inode)]
+
     def files(self, idstrs: Iterable[str]) -> list[RAMFile]:
         """The blocks' files, as stat(2) tells them apart."""
         files = ((idstr, *self.file_of(idstr)) for idstr in idstrs)

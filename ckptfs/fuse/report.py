@@ -1,5 +1,6 @@
 """What a mount tells about itself: the snapshot behind status, and query-migrate's answer."""
 
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -69,7 +70,9 @@ class Origin:
         return None if moment is None else round((moment - self.mounted_at) * 1000)
 
 
-def describe_mount(guest: Guest, origin: Origin, last_command: str | None, last_outcome: str | None) -> Status:
+def describe_mount(
+    guest: Guest, origin: Origin, last_command: str | None, last_outcome: str | None, shared_use: str | None
+) -> Status:
     """A moment of the mount."""
     machine, readers = guest.machines.bound, guest.readers
     checkpoint = None if guest.base is None else guest.base.checkpoint
@@ -80,6 +83,7 @@ def describe_mount(guest: Guest, origin: Origin, last_command: str | None, last_
     set_aside = sum(layer.present.count() for block in guest.blocks.values() for layer in block.stack.written[1:])
     return Status(
         version=__version__,
+        pid=os.getpid(),
         spec=origin.source,
         state=_state(guest),
         migration=query_migrate(guest.migrations.newest, guest.page_size),
@@ -94,6 +98,7 @@ def describe_mount(guest: Guest, origin: Origin, last_command: str | None, last_
         set_aside_pages=set_aside,
         waiting_readers=readers.waiting,
         storage=_storage(guest),
+        shared_use=shared_use,
         time_to_first_byte=origin.milliseconds_until(readers.first_byte_at),
         time_to_full=origin.milliseconds_until(readers.full_at),
         blocks=blocks,

@@ -55,6 +55,8 @@ class Status:
     """One moment of the mount; None stands for what there is not."""
 
     version: str
+    pid: int
+    """The daemon's process."""
     spec: str
     """The backing storage, as mounted."""
     state: MountState
@@ -79,6 +81,8 @@ class Status:
     waiting_readers: int
     storage: str
     """``ok``, or which pages of the base the storage gives no answer for."""
+    shared_use: str | None
+    """What two machines on this RAM do to one another."""
     time_to_first_byte: int | None
     """Milliseconds from the mount to the first page that was served."""
     time_to_full: int | None
@@ -142,6 +146,7 @@ def _values(status: Status) -> dict[str, Any]:
     """All that is a single value, in the order in which it is shown."""
     return {
         "version": status.version,
+        "pid": status.pid,
         "spec": status.spec,
         "state": status.state,
         "base": status.base,
@@ -153,6 +158,7 @@ def _values(status: Status) -> dict[str, Any]:
         "writers": status.writers,
         "qmp": status.qmp,
         "guest": status.guest,
+        "shared-use": status.shared_use,
         "block-count": len(status.blocks),
         **_page_counts(status.blocks),
         "restored": status.restored,

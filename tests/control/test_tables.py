@@ -333,8 +333,9 @@ def test_query_migrate_counts(multifd: str, multifd_bytes: int, mount: Mount, tm
 
 
 STATUS_KEYS = [
-    "version", "spec", "state", "base", "base-offset", "base-machine", "base-run-state", "vmstate", "direct-io",
-    "writers", "qmp", "guest", "block-count", "page-count", "zero-pages", "checkpoint-pages", "read-pages",
+    "version", "pid", "spec", "state", "base", "base-offset", "base-machine", "base-run-state", "vmstate",
+    "direct-io", "writers", "qmp", "guest", "shared-use", "block-count",
+    "page-count", "zero-pages", "checkpoint-pages", "read-pages",
     "written-pages", "restored", "overlay-bytes", "set-aside-pages", "waiting-readers", "storage",
     "time-to-first-byte", "time-to-full", "bad-page-count", "last-command", "last-outcome", "status",
     "error-desc", "total-time", "setup-time", "downtime", "total", "transferred", "remaining", "normal",

@@ -13,6 +13,7 @@ from ckptfs.namespace.status import BadPage, BlockStatus, MountState, Status, fo
 
 IDLE = Status(
     version="1.0",
+    pid=1234,
     spec="/ckpt/vm1",
     state=MountState.IDLE,
     direct_io="on",
@@ -26,6 +27,7 @@ IDLE = Status(
     set_aside_pages=0,
     waiting_readers=0,
     storage="ok",
+    shared_use=None,
     time_to_first_byte=None,
     time_to_full=None,
     last_command="save",
@@ -51,6 +53,7 @@ def test_status() -> None:
         format_status(IDLE)
         == """\
 version 1.0
+pid 1234
 spec /ckpt/vm1
 state idle
 base /ckpt/vm1
@@ -62,6 +65,7 @@ direct-io on
 writers running
 qmp none
 guest none
+shared-use none
 block-count 2
 page-count 15
 zero-pages 6
