@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any
 
 from ckptfs.errors import CommandError
-from ckptfs.migration.size import parse_size
+from ckptfs.migration.size import parse_size_of
 
 Run = Callable[[argparse.Namespace], int]
 
@@ -52,9 +52,9 @@ def argument(*names: str, **settings: Any) -> Argument:
 def size(text: str) -> int:
     """A SIZE of the command line, in bytes."""
     try:
-        return parse_size(text)
+        return parse_size_of("size", text)
     except CommandError as error:
-        raise argparse.ArgumentTypeError(f"bad size {text!r}: {error}") from None
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def count(text: str) -> int:

@@ -3,18 +3,21 @@
 import argparse
 import contextlib
 import errno
+import grp
 import logging
 import logging.handlers
 import os
+import pwd
 import stat
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 import trio
 
 from ckptfs.channels.descriptors import Descriptors
 from ckptfs.channels.identity import Identity
-from ckptfs.errors import CkptfsError, CommandError
+from ckptfs.errors import CkptfsError, CommandError, StateError
 from ckptfs.fuse.control import describe
 from ckptfs.fuse.daemon import Starter, harden, run_in_background
 from ckptfs.fuse.mount import Mount
@@ -63,6 +66,7 @@ def main() -> int:
     try:
         options = parse_options(arguments.options, sloppy=arguments.sloppy)
         spec = _parse_spec(arguments.spec, options)
+        owner = _find_owner(options)
         _make_absolute(options)
     except CkptfsError as error:
         print(f"mount.ckptfs: {error}", file=sys.stderr)
@@ -72,13 +76,13 @@ def main() -> int:
             _enter_namespace(arguments.N)
         directory = os.path.abspath(arguments.directory)
         _check_mount_point(directory)
-        _check_fuse()
     except (CkptfsError, OSError) as error:
         print(f"mount.ckptfs: {describe(error)}", file=sys.stderr)
         return EXIT_MOUNT
 
     def serve(starter: Starter) -> int:
-        return _serve(starter, arguments.spec, spec, directory, options, fake=arguments.fake)
+        source = _absolute_source(arguments.spec, spec)
+        return _serve(starter, source, spec, directory, options, owner, fake=arguments.fake)
 
     return serve(Starter(None)) if options.foreground or arguments.fake else run_in_background(serve)
 
@@ -89,6 +93,7 @@ def _serve(
     spec: SeekableAddress | None,
     directory: str,
     options: MountOptions,
+    owner: tuple[int, int],
     *,
     fake: bool,
 ) -> int:
@@ -105,10 +110,12 @@ def _serve(
         return 0
 
     async def run() -> None:
-        await Mount(guest, directory, source, options, spec).serve(starter)
+        await Mount(guest, directory, source, options, spec, owner).serve(starter)
 
     try:
         trio.run(run)
+    except StateError as error:
+        starter.failed(EXIT_MOUNT, describe(error))
     except BaseException as error:
         log.exception("%s: the daemon ends", directory)
         starter.failed(EXIT_SYSTEM, f"{directory}: {error}")
@@ -125,6 +132,33 @@ def _parse_spec(text: str, options: MountOptions) -> SeekableAddress | None:
     if target.offset and options.image_offset:
         raise CommandError(f"{text}: its offset is given twice, image_offset={options.image_offset} too")
     return FileMigrationArgs(os.path.abspath(target.filename), target.offset or options.image_offset or 0)
+
+
+def _absolute_source(text: str, spec: SeekableAddress | None) -> str:
+    """SPEC as findmnt and status show it: as it was given, but with an absolute path."""
+    if not isinstance(spec, FileMigrationArgs):
+        return text
+    if not text.startswith("file:"):
+        return spec.filename
+    _, comma, offset = text.partition(",offset=")
+    return f"file:{spec.filename}{comma}{offset}"
+
+
+def _find_owner(options: MountOptions) -> tuple[int, int]:
+    """The uid and gid of the files; CommandError, naming the option, for a name that is nobody's."""
+    uid, gid = os.getuid(), os.getgid()
+    if options.uid is not None:
+        uid = _number(options.uid, "uid", "user", lambda name: pwd.getpwnam(name).pw_uid)
+    if options.gid is not None:
+        gid = _number(options.gid, "gid", "group", lambda name: grp.getgrnam(name).gr_gid)
+    return uid, gid
+
+
+def _number(text: str, option: str, what: str, find: Callable[[str], int]) -> int:
+    try:
+        return int(text) if text.isdecimal() else find(text)
+    except KeyError:
+        raise CommandError(f"mount option '{option}={text}': there is no such {what} here") from None
 
 
 def _make_absolute(options: MountOptions) -> None:
@@ -171,7 +205,24 @@ def _is_there(spec: SeekableAddress, options: MountOptions) -> bool:
             "-o ram=pc.ram:1G",
             errno.ENOENT,
         )
+    if not exists:
+        _check_directory(spec.filename)
     return exists
+
+
+def _check_directory(path: str) -> None:
+    """See that `save` can create ``path``: better to know now than when RAM has been written."""
+    directory = os.path.dirname(path)
+    if not os.path.isdir(directory):
+        raise CommandError(
+            f"{directory}: no such directory, and the first save would create {path} in it", errno.ENOENT
+        )
+    if not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
+        raise CommandError(
+            f"{directory}: can't be written, and the first save would create {path} in it; to save elsewhere, mount"
+            " `none`",
+            errno.EACCES,
+        )
 
 
 def _exists(path: str) -> bool:
@@ -205,11 +256,6 @@ def _is_ckptfs(device: int) -> bool:
             if fields.split(" ")[2] == f"{os.major(device)}:{os.minor(device)}":
                 return rest.startswith("fuse.ckptfs ")
     return False
-
-
-def _check_fuse() -> None:
-    if not os.path.exists("/dev/fuse"):
-        raise CommandError("/dev/fuse is not there: load the kernel module (modprobe fuse)")
 
 
 def _enter_namespace(path: str) -> None:

@@ -32,6 +32,7 @@ class Starter:
         os.close(null)
         os.write(self._pipe, bytes([EXIT_MOUNTED]))
         os.close(self._pipe)
+        self._pipe = None
 
     def failed(self, exit_code: int, message: str) -> NoReturn:
         """Tell the caller why there is no mount, in one line, and end."""
@@ -43,6 +44,7 @@ class Starter:
 
 def run_in_background(serve: Callable[[Starter], int]) -> int:
     """Run ``serve`` in a daemon and return the exit code of mount.ckptfs once the mount is there, or is not."""
+    _fill_standard_descriptors()
     answer, pipe = os.pipe()
     child = os.fork()
     if child:
@@ -57,6 +59,13 @@ def run_in_background(serve: Callable[[Starter], int]) -> int:
     os.setsid()
     os.chdir("/")  # a working directory would pin its file system, or be our own mount
     os._exit(serve(Starter(pipe)))
+
+
+def _fill_standard_descriptors() -> None:
+    """What the caller has closed of 0, 1 and 2 must not become a descriptor of ours: `mounted` replaces them."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
 
 
 def harden() -> bool:

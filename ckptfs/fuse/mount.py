@@ -17,6 +17,7 @@ from ckptfs.fuse.operations import Operations
 from ckptfs.fuse.page_cache import KernelPageCache
 from ckptfs.fuse.ram_files import RAMFiles
 from ckptfs.fuse.report import Origin
+from ckptfs.fuse.session import open_session
 from ckptfs.fuse.sharing import Sharing
 from ckptfs.fuse.tuning import tune_backing_device
 from ckptfs.guest.guest import Guest
@@ -32,13 +33,6 @@ MAX_TASKS = 2000
 many may be inside one, as every writer that `stop` holds back is."""
 
 
-class _Option(str):
-    """A mount option: pyfuse3 asks it for its bytes, and would take ASCII alone, but a path may hold anything."""
-
-    def encode(self, encoding: str = "", errors: str = "") -> bytes:
-        return os.fsencode(str(self))
-
-
 class Mount:
     """One mount of ``guest``; made where trio runs, as its clock begins here."""
 
@@ -49,7 +43,9 @@ class Mount:
         source: str,
         options: MountOptions,
         spec: SeekableAddress | None,
+        owner: tuple[int, int],
     ) -> None:
+        """``owner`` is uid and gid of all files."""
         self._guest = guest
         self._mountpoint = mountpoint
         self._source = source
@@ -57,7 +53,7 @@ class Mount:
         self._changes = Changes()
         self._events = EventLog()
         self._nursery: trio.Nursery
-        nodes = Nodes(guest, options)
+        nodes = Nodes(guest, owner, options.umask)
         self._ram_files = RAMFiles(nodes, mountpoint)
         page_cache = KernelPageCache(self._ram_files)
         origin = Origin(source, trio.current_time(), options.backends)
@@ -77,10 +73,12 @@ class Mount:
 
         A save that runs when the mount goes away is finished; a signal cancels it. If this raises, the mount
         point stays dead (ENOTCONN): better than an empty directory that looks like a guest without memory.
+        StateError, naming the cause: it could not be mounted.
         """
         # from before there is a mount until it is gone: a signal in between must not leave a dead one
         with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT, signal.SIGHUP) as signals:
-            pyfuse3.init(self._operations, self._mountpoint, self._fuse_options())
+            allow_other = self._options.allow_other
+            open_session(self._operations, self._mountpoint, self._source, allow_other=allow_other)
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
                 nursery.start_soon(self._end_on_signal, signals, nursery)
@@ -122,11 +120,3 @@ class Mount:
             self._events.publish("MIGRATION", {"status": str(status)})
             if status is MigrationStatus.ACTIVE:
                 self._events.publish("MIGRATION_PASS", {"pass": 1})  # an epoch is saved in one pass
-
-    def _fuse_options(self) -> set[str]:
-        """Options for libfuse; a comma or backslash in ``fsname`` would end it and begin another option."""
-        source = self._source.replace("\\", "\\\\").replace(",", "\\,")
-        options = {"default_permissions", _Option(f"fsname={source}"), "subtype=ckptfs"}
-        if self._options.allow_other:
-            options.add("allow_other")
-        return options  # not ro, with which nobody could open ctl: the daemon itself refuses to change RAM

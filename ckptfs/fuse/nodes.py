@@ -4,27 +4,22 @@ The form of the tree is `namespace.tree`; here it is that of one guest, as it is
 """
 
 import errno
-import os
 import time
 
 from ckptfs.errors import CommandError
 from ckptfs.fuse.report import describe_block
 from ckptfs.guest.guest import Guest
 from ckptfs.namespace.names import decode_name
-from ckptfs.namespace.options import MountOptions
 from ckptfs.namespace.tree import RAM, Node, NodeKind, Tree, ram_xattrs
 
 
 class Nodes:
     """The nodes of a mount. ``owner`` is (uid, gid) of all of them, ``mounted_at_ns`` their time."""
 
-    def __init__(self, guest: Guest, options: MountOptions) -> None:
+    def __init__(self, guest: Guest, owner: tuple[int, int], umask: int) -> None:
         self._guest = guest
-        self._tree = Tree(guest.blocks, read_only=options.read_only, umask=options.umask)
-        self.owner = (
-            os.getuid() if options.uid is None else options.uid,
-            os.getgid() if options.gid is None else options.gid,
-        )
+        self._tree = Tree(guest.blocks, read_only=guest.read_only, umask=umask)
+        self.owner = owner
         self.mounted_at_ns = time.time_ns()
 
     @property

@@ -106,6 +106,19 @@ def parse_uri(uri: str) -> MigrateAddress:
 
     The first ``,offset=`` splits; nothing is escaped. Raises CommandError in QEMU's words.
     """
+    hint = f" (did you mean file:{uri}?)" if uri.startswith(("/", "./", "../")) else ""
+    return _parse_uri(uri, hint)
+
+
+def parse_target(text: str) -> MigrateAddress:
+    """A URI, or a plain path: what is mounted, or saved to. A relative path with a colon needs ``./``."""
+    if not _SCHEME.match(text):
+        return FileMigrationArgs(text)
+    return _parse_uri(text, f" (if it is the name of a file, write ./{text})")
+
+
+def _parse_uri(uri: str, hint: str) -> MigrateAddress:
+    """``hint`` is what to say of a scheme that does not exist."""
     scheme, colon, rest = uri.partition(":")
     match scheme if colon else "":
         case "file":
@@ -121,13 +134,7 @@ def parse_uri(uri: str) -> MigrateAddress:
             return ExecAddress(("/bin/sh", "-c", rest))
         case "rdma":
             return RdmaAddress(rest)
-    hint = f" (did you mean file:{uri}?)" if uri.startswith(("/", "./", "../")) else ""
     raise CommandError(f"unknown migration protocol: {uri}{hint}")
-
-
-def parse_target(text: str) -> MigrateAddress:
-    """A URI, or a plain path: what is mounted, or saved to. A relative path with a colon needs ``./``."""
-    return parse_uri(text) if _SCHEME.match(text) else FileMigrationArgs(text)
 
 
 def parse_migrate_json(text: str) -> MigrateAddress:

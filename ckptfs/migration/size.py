@@ -15,6 +15,8 @@ SIZE_MAX = (1 << 64) - 1
 INVALID = "Invalid argument"
 OUT_OF_RANGE = "Numerical result out of range"
 
+SIZE_RULE = "expects bytes (4096, 0x1000), or a suffix k, M, G, T, P or E (512M, 1.5G)"
+
 _UNITS = {"b": 1, "k": KiB, "m": MiB, "g": 1 << 30, "t": 1 << 40, "p": 1 << 50, "e": 1 << 60}
 _SPACE = r"[ \t\n\v\f\r]*"
 _HEX = re.compile(rf"{_SPACE}\+?0[xX](?P<digits>[0-9a-fA-F]+)")
@@ -40,6 +42,15 @@ def parse_size(text: str, default_unit: int = 1) -> int:
         unit = _UNITS[suffix.lower()] if suffix else default_unit
         return _scaled(int(digits or "0"), fraction, unit)
     raise CommandError(OUT_OF_RANGE if _NEGATIVE.fullmatch(text) else INVALID)
+
+
+def parse_size_of(what: str, text: str) -> int:
+    """As `parse_size`, for what is no word of QEMU's: the error names ``what`` and ``text``, and the rule."""
+    try:
+        return parse_size(text)
+    except CommandError as error:
+        rule = SIZE_RULE if str(error) == INVALID else "has to be from 0 to less than 16E"
+        raise CommandError(f"bad {what} {text!r}: {rule}") from None
 
 
 def _scaled(whole: int, fraction: str, unit: int) -> int:

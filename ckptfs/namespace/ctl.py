@@ -14,7 +14,7 @@ from ckptfs.errors import CommandError
 from ckptfs.migration.address import SeekableAddress, parse_migrate_json, parse_target, parse_uri, seekable_file
 from ckptfs.migration.capabilities import find_capability, parse_state
 from ckptfs.migration.parameters import ParameterValue, find_parameter
-from ckptfs.migration.size import MiB, parse_size
+from ckptfs.migration.size import MiB, parse_size_of
 
 COMMAND_LENGTH_MAX = 4096
 """Bytes of one command."""
@@ -334,7 +334,7 @@ def _parse_prefetch(rest: str) -> Command:
         case [name]:
             return Prefetch(name)
         case [name, start, length]:
-            return Prefetch(name, _size("START", start), _size("LENGTH", length))
+            return Prefetch(name, parse_size_of("START", start), parse_size_of("LENGTH", length))
     raise _UsageError
 
 
@@ -381,13 +381,6 @@ def _one(rest: str) -> str:
         case [word] if word:
             return word
     raise _UsageError
-
-
-def _size(what: str, text: str) -> int:
-    try:
-        return parse_size(text)
-    except CommandError as error:
-        raise CommandError(f"bad {what} {text!r}: {error}") from None
 
 
 GRAMMAR = (

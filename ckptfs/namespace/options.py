@@ -1,6 +1,6 @@
 """The options of a mount: ``-o a,b=c`` as mount(8), fstab and fusermount3 pass them on.
 
-One table says what each takes; parameters and capabilities of migration are options too, from their own
+One table says what each takes and means; parameters and capabilities of migration are options too, from their own
 registries. ``_`` and ``-`` are the same in a name. A comma inside a value is written ``\\,``.
 """
 
@@ -14,7 +14,7 @@ from ckptfs.errors import CommandError
 from ckptfs.migration.address import FILE_OFFSET_MAX
 from ckptfs.migration.capabilities import CAPABILITIES, MigrationCapabilities, parse_state
 from ckptfs.migration.parameters import PARAMETERS, MigrationParameters
-from ckptfs.migration.size import parse_size
+from ckptfs.migration.size import parse_size_of
 from ckptfs.namespace.names import encode_name
 
 
@@ -41,8 +41,9 @@ class MountOptions:
     fd: dict[str, int] = field(default_factory=dict)
     """Inherited descriptors by the NAME of ``fd:NAME``."""
     allow_other: bool = False
-    uid: int | None = None
-    gid: int | None = None
+    uid: str | None = None
+    gid: str | None = None
+    """Owner and group of the files: a number, or a name that is still to be looked up."""
     umask: int = 0o077
     foreground: bool = False
     log: str | None = None
@@ -56,10 +57,12 @@ def parse_options(texts: Iterable[str], *, sloppy: bool = False) -> MountOptions
     Raises CommandError naming the option and the value; ``sloppy`` (mount -s) passes over unknown ones.
     """
     options = MountOptions()
-    for text in texts:
-        for name, value in split_options(text):
-            if not _IGNORED.fullmatch(name) and not (sloppy and _setter(name) is None):
-                _apply(options, name, value)
+    pairs = [pair for text in texts for pair in split_options(text)]
+    if ("remount", None) in pairs:  # mount(8) adds what the mount has, and we need not know all of it
+        raise CommandError("mount option 'remount': " + _REMOUNT)
+    for name, value in pairs:
+        if not _IGNORED.fullmatch(name) and not (sloppy and _setter(name) is None):
+            _apply(options, name, value)
     _refuse_contradictions(options)
     return options
 
@@ -99,7 +102,7 @@ def _setter(name: str) -> "_Setter | None":
         return _parameter(key)
     if key in CAPABILITIES:
         return _capability(key)
-    return _OPTIONS.get(key)
+    return _SETTERS.get(key)
 
 
 # ---- what an option takes ------------------------------------------------------------------------------
@@ -111,7 +114,7 @@ def _refuse(name: str) -> _Setter:
     """A word that is no option."""
 
     def apply(options: MountOptions, value: str | None) -> None:
-        known = [key.replace("-", "_") for key in (*_OPTIONS, *PARAMETERS, *CAPABILITIES)]
+        known = [key.replace("-", "_") for key in (*_SETTERS, *PARAMETERS, *CAPABILITIES)]
         likely = get_close_matches(name, known, 1)
         raise CommandError("no such option" + (f" (did you mean {likely[0]}?)" if likely else ""))
 
@@ -137,7 +140,7 @@ def _switch(attribute: str, state: bool = True) -> _Setter:
 
     def apply(options: MountOptions, value: str | None) -> None:
         if value is not None:
-            raise CommandError("it takes no value")
+            raise CommandError("takes no value")
         setattr(options, attribute, state)
 
     return apply
@@ -176,23 +179,23 @@ def _entry(attribute: str, parse: Callable[[str], tuple[object, object]]) -> _Se
 
 def _required(value: str | None) -> str:
     if not value:
-        raise CommandError("it takes a value, after '='")
+        raise CommandError("expects a value after '='")
     return value
 
 
 def _parse_ram(text: str) -> tuple[str, int]:
     idstr, _, size = text.rpartition(":")
     if not idstr:
-        raise CommandError("it is ID:SIZE")
+        raise CommandError("expects ID:SIZE, as in ram=pc.ram:1G")
     encode_name(idstr)
-    return idstr, _parse_file_size(size)
+    used_length = _parse_file_size(size)
+    if not used_length:
+        raise CommandError("a block without any bytes holds nothing: give it a size, as in ram=pc.ram:1G")
+    return idstr, used_length
 
 
 def _parse_file_size(text: str) -> int:
-    try:
-        size = parse_size(text)
-    except CommandError as error:
-        raise CommandError(f"bad size '{text}': {error}") from None
+    size = parse_size_of("size", text)
     if size > FILE_OFFSET_MAX:
         raise CommandError(f"bad size '{text}': no file is that large")
     return size
@@ -200,28 +203,28 @@ def _parse_file_size(text: str) -> int:
 
 def _parse_uuid(text: str) -> UUID:
     if not re.fullmatch(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", text):
-        raise CommandError("it is a UUID, as 550e8400-e29b-41d4-a716-446655440000")
+        raise CommandError("expects a UUID, as in uuid=550e8400-e29b-41d4-a716-446655440000")
     return UUID(text)
 
 
 def _parse_shared(text: str) -> tuple[str, str]:
     idstr, _, path = text.partition(":/")  # an idstr may hold colons
     if not idstr or not path:
-        raise CommandError("it is ID:PATH, an absolute one")
+        raise CommandError("expects ID:PATH with an absolute path, as in shared=pc.ram:/dev/shm/vm1")
     return idstr, f"/{path}"
 
 
 def _parse_fdset(text: str) -> tuple[int, list[int]]:
     set_id, *descriptors = (_parse_number(item) for item in text.split(":"))
     if not descriptors:
-        raise CommandError("it is ID:FD[:FD...]")
+        raise CommandError("expects ID:FD[:FD...], as in fdset=1:5:6")
     return set_id, descriptors
 
 
 def _parse_fd(text: str) -> tuple[str, int]:
     name, _, descriptor = text.rpartition(":")
     if not name:
-        raise CommandError("it is NAME:FD")
+        raise CommandError("expects NAME:FD, as in fd=checkpoint:5")
     return name, _parse_number(descriptor)
 
 
@@ -231,39 +234,102 @@ def _parse_number(text: str) -> int:
     return int(text)
 
 
-def _parse_id(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,10}", text) or int(text) >= (1 << 32) - 1:
-        raise CommandError("it is a number, not a name")
-    return int(text)
+def _parse_id(text: str) -> str:
+    if text.isdecimal() and (not text.isascii() or len(text) > 10 or int(text) >= (1 << 32) - 1):
+        raise CommandError("expects a name, or a number below 4294967295")
+    return text
 
 
 def _parse_umask(text: str) -> int:
     if not re.fullmatch(r"0?[0-7]{1,3}", text):
-        raise CommandError("it is an octal number up to 0777")
+        raise CommandError("expects an octal number up to 0777, as in umask=0027")
     return int(text, 8)
 
 
-_OPTIONS: dict[str, _Setter] = {
-    "ram": _entry("ram", _parse_ram),
-    "ro": _switch("read_only"),
-    "rw": _switch("read_only", False),
-    "qmp": _one("qmp", str),
-    "prefetch": _one("prefetch", parse_state),
-    "image-offset": _one("image_offset", _parse_file_size),
-    "backends": _several("backends"),
-    "uuid": _one("uuid", _parse_uuid),
-    "shared": _entry("shared", _parse_shared),
-    "fdset": _entry("fdset", _parse_fdset),
-    "fd": _entry("fd", _parse_fd),
-    "allow-other": _switch("allow_other"),
-    "uid": _one("uid", _parse_id),
-    "gid": _one("gid", _parse_id),
-    "umask": _one("umask", _parse_umask),
-    "foreground": _switch("foreground"),
-    "log": _one("log", str),
-    "debug": _switch("debug"),
-}
-"""All options of ours but those of the registries."""
+@dataclass(frozen=True)
+class Option:
+    """An option of the table: ``value`` is what it takes (nothing if empty), ``meaning`` is for help and manual."""
+
+    name: str
+    value: str
+    meaning: str
+    apply: _Setter
+
+
+OPTIONS = (
+    Option(
+        "ram",
+        "ID:SIZE",
+        "Give a new guest a RAM block, as in ram=pc.ram:1G; repeat it for more. The first save creates SPEC.",
+        _entry("ram", _parse_ram),
+    ),
+    Option("ro", "", "Refuse to write RAM and to save.", _switch("read_only")),
+    Option("rw", "", "Take back ro.", _switch("read_only", False)),
+    Option(
+        "qmp",
+        "SOCKET",
+        "QMP socket of the QEMU that runs on this RAM: save is then a live checkpoint of the whole machine.",
+        _one("qmp", str),
+    ),
+    Option(
+        "backends",
+        "ID[:ID...]",
+        "The RAM blocks that QEMU has as memory backends, where they can't be told by their names.",
+        _several("backends"),
+    ),
+    Option("prefetch", "on|off", "Restore everything in the background.", _one("prefetch", parse_state)),
+    Option(
+        "image_offset",
+        "SIZE",
+        "Where in the file the checkpoint begins; the same as file:PATH,offset=SIZE.",
+        _one("image_offset", _parse_file_size),
+    ),
+    Option(
+        "shared",
+        "ID:PATH",
+        "File with the RAM of a block that the checkpoint leaves out (x-ignore-shared). Repeat it for more blocks.",
+        _entry("shared", _parse_shared),
+    ),
+    Option("uuid", "UUID", "The guest's UUID, for capability validate-uuid.", _one("uuid", _parse_uuid)),
+    Option(
+        "fdset",
+        "ID:FD[:FD...]",
+        "Inherited descriptors that file:/dev/fdset/ID stands for.",
+        _entry("fdset", _parse_fdset),
+    ),
+    Option("fd", "NAME:FD", "An inherited descriptor that fd:NAME stands for.", _entry("fd", _parse_fd)),
+    Option(
+        "allow_other",
+        "",
+        "Let other users in, as far as uid, gid and umask permit. Without root, /etc/fuse.conf has to have"
+        " user_allow_other.",
+        _switch("allow_other"),
+    ),
+    Option("uid", "USER", "Owner of the files, by name or number (default: you).", _one("uid", _parse_id)),
+    Option(
+        "gid",
+        "GROUP",
+        "Group of the files, by name or number (default: yours).",
+        _one("gid", _parse_id),
+    ),
+    Option("umask", "OCTAL", "Permissions that nobody gets (default: 0077).", _one("umask", _parse_umask)),
+    Option(
+        "log",
+        "syslog|FILE",
+        "Where to log (default: syslog; standard error with foreground). SIGHUP opens FILE again.",
+        _one("log", str),
+    ),
+    Option("debug", "", "Log more.", _switch("debug")),
+    Option("foreground", "", "Do not become a daemon.", _switch("foreground")),
+)
+"""All options of ours but those of the registries, in the order of the manual."""
+
+_SETTERS = {option.name.replace("_", "-"): option.apply for option in OPTIONS}
+
+_REMOUNT = (
+    "a mount can't be remounted: write to its ctl, parameters/ and capabilities/ instead, or `umount` it and mount"
+    " it anew"
+)
 
 _IGNORED = re.compile(
     "(no)?(auto|users?|owner|group|exec|suid|dev|atime|diratime|relatime|strictatime|lazytime|mand)"

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.mount.conftest import _adopt_orphans, mount, public
+from tests.mount.conftest import _adopt_orphans, mount, mount_point, public
 from tests.mount.harness import BIN
 
 RunCkptfs = Callable[..., subprocess.CompletedProcess[str]]
 
-__all__ = ["_adopt_orphans", "mount", "public"]
+__all__ = ["_adopt_orphans", "mount", "mount_point", "public"]
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from ckptfs.errors import CommandError
 from ckptfs.migration.address import FdAddress, FileMigrationArgs
 from ckptfs.migration.parameters import MigrationParameters
-from ckptfs.migration.size import MiB
+from ckptfs.migration.size import SIZE_RULE, MiB
 from ckptfs.namespace import ctl
 from ckptfs.namespace.ctl import (
     COMMANDS,
@@ -147,7 +147,7 @@ migrate file:migfile
         (b"save ''", "save does not know '': a file of that name is './'"),
         (b"save 'a", 'No closing quotation in "\'a": quote as in a shell'),
         (b"save tcp:h:1", "transport 'socket' is not supported: a checkpoint needs a seekable file (file: or fd:)"),
-        (b"save nosuch:x", "unknown migration protocol: nosuch:x"),
+        (b"save nosuch:x", "unknown migration protocol: nosuch:x (if it is the name of a file, write ./nosuch:x)"),
         (b"migrate", "usage: migrate [-d] URI"),
         (b"migrate /p", "unknown migration protocol: /p (did you mean file:/p?)"),
         (
@@ -173,8 +173,14 @@ migrate file:migfile
         (b"cancel now", "usage: migrate_cancel or cancel"),
         (b"restore all", "usage: restore"),
         (b"prefetch pc.ram 0", "usage: prefetch [NAME [START LENGTH]]"),
-        (b"prefetch pc.ram x 1", "bad START 'x': Invalid argument"),
-        (b"prefetch pc.ram 0 1.5", "bad LENGTH '1.5': Invalid argument"),
+        (
+            b"prefetch pc.ram x 1",
+            f"bad START 'x': {SIZE_RULE}",
+        ),
+        (
+            b"prefetch pc.ram 0 1.5",
+            f"bad LENGTH '1.5': {SIZE_RULE}",
+        ),
         (b"migrate_set_capability", "usage: migrate_set_capability NAME on|off"),
         (b"migrate_set_capability multifd maybe", "Expected 'on' or 'off'"),
         (b"migrate_set_capability multfid on", "invalid parameter value: multfid (did you mean multifd?)"),

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ckptfs.errors import CommandError
 from ckptfs.migration.capabilities import CAPABILITIES
 from ckptfs.migration.parameters import PARAMETERS, MigrationParameters
-from ckptfs.migration.size import MiB
+from ckptfs.migration.size import SIZE_RULE, MiB
 from ckptfs.namespace.options import MountOptions, parse_options, split_options
 
 
@@ -38,7 +38,11 @@ def changes(text: str) -> dict[str, Any]:
         ("prefetch=off", {}),
         ("image_offset=4k", {"image_offset": 4096}),
         ("image-offset=4k", {"image_offset": 4096}),
-        ("allow_other,uid=1000,gid=100,umask=022", {"allow_other": True, "uid": 1000, "gid": 100, "umask": 0o022}),
+        (
+            "allow_other,uid=1000,gid=100,umask=022",
+            {"allow_other": True, "uid": "1000", "gid": "100", "umask": 0o022},
+        ),
+        ("uid=joe,gid=kvm", {"uid": "joe", "gid": "kvm"}),
         ("umask=0", {"umask": 0}),
         ("foreground,debug,log=syslog", {"foreground": True, "debug": True, "log": "syslog"}),
         ("log=/var/log/a\\,b", {"log": "/var/log/a,b"}),
@@ -96,37 +100,50 @@ def test_what_is_for_mount_is_ignored(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("ram", "mount option 'ram': it takes a value, after '='"),
-        ("ram=", "mount option 'ram=': it takes a value, after '='"),
-        ("ram=1G", "mount option 'ram=1G': it is ID:SIZE"),
-        ("ram=:1G", "mount option 'ram=:1G': it is ID:SIZE"),
-        ("ram=pc.ram:1x", "mount option 'ram=pc.ram:1x': bad size '1x': Invalid argument"),
+        ("ram", "mount option 'ram': expects a value after '='"),
+        ("ram=", "mount option 'ram=': expects a value after '='"),
+        ("ram=1G", "mount option 'ram=1G': expects ID:SIZE, as in ram=pc.ram:1G"),
+        ("ram=:1G", "mount option 'ram=:1G': expects ID:SIZE, as in ram=pc.ram:1G"),
+        (
+            "ram=pc.ram:1x",
+            f"mount option 'ram=pc.ram:1x': bad size '1x': {SIZE_RULE}",
+        ),
         ("ram=pc.ram:8E", "mount option 'ram=pc.ram:8E': bad size '8E': no file is that large"),
         ("ram=a:1M,ram=a:2M", "mount option 'ram=a:2M': 'a' is given twice"),
-        ("ro=1", "mount option 'ro=1': it takes no value"),
-        ("prefetch", "mount option 'prefetch': it takes a value, after '='"),
+        ("ro=1", "mount option 'ro=1': takes no value"),
+        ("prefetch", "mount option 'prefetch': expects a value after '='"),
         ("prefetch=1", "mount option 'prefetch=1': Expected 'on' or 'off'"),
-        ("image_offset=16E", "mount option 'image_offset=16E': bad size '16E': Numerical result out of range"),
+        ("image_offset=16E", "mount option 'image_offset=16E': bad size '16E': has to be from 0 to less than 16E"),
         (
             "multifd_channels=256",
             "mount option 'multifd_channels=256': Parameter 'multifd-channels' expects uint8_t",
         ),
-        ("direct_io", "mount option 'direct_io': it takes a value, after '='"),
+        ("direct_io", "mount option 'direct_io': expects a value after '='"),
         (
             "xbzrle=on",
             "mount option 'xbzrle=on': Multifd is not compatible with xbzrle",
         ),
-        ("uid=joe", "mount option 'uid=joe': it is a number, not a name"),
-        ("uid=4294967295", "mount option 'uid=4294967295': it is a number, not a name"),
+        ("uid=4294967295", "mount option 'uid=4294967295': expects a name, or a number below 4294967295"),
+        ("gid=٣", "mount option 'gid=٣': expects a name, or a number below 4294967295"),
+        (
+            "ram=pc.ram:0",
+            "mount option 'ram=pc.ram:0': a block without any bytes holds nothing: give it a size, as in "
+            "ram=pc.ram:1G",
+        ),
+        (
+            "rw,relatime,user_id=0,remount,ro",
+            "mount option 'remount': a mount can't be remounted: write to its ctl, parameters/ and capabilities/ "
+            "instead, or `umount` it and mount it anew",
+        ),
         (
             "uuid={550e8400-e29b-41d4-a716-446655440000}",
-            "mount option 'uuid={550e8400-e29b-41d4-a716-446655440000}': it is a UUID, "
-            "as 550e8400-e29b-41d4-a716-446655440000",
+            "mount option 'uuid={550e8400-e29b-41d4-a716-446655440000}': expects a UUID, "
+            "as in uuid=550e8400-e29b-41d4-a716-446655440000",
         ),
-        ("umask=9", "mount option 'umask=9': it is an octal number up to 0777"),
-        ("fdset=1", "mount option 'fdset=1': it is ID:FD[:FD...]"),
+        ("umask=9", "mount option 'umask=9': expects an octal number up to 0777, as in umask=0027"),
+        ("fdset=1", "mount option 'fdset=1': expects ID:FD[:FD...], as in fdset=1:5:6"),
         ("fdset=1:x", "mount option 'fdset=1:x': 'x' is not a number"),
-        ("fd=5", "mount option 'fd=5': it is NAME:FD"),
+        ("fd=5", "mount option 'fd=5': expects NAME:FD, as in fd=checkpoint:5"),
         (
             "ram=pc.ram:1M,shared=pc.ram:/x",
             "mount option 'shared=pc.ram:/x': it names RAM that a checkpoint leaves out, and a new guest (ram=) has"
@@ -136,7 +153,11 @@ def test_what_is_for_mount_is_ignored(text: str) -> None:
             "ram=pc.ram:1M,ro",
             "mount option 'ro': a new guest (ram=) could be neither written nor saved: leave out ro",
         ),
-        ("shared=pc.ram:x", "mount option 'shared=pc.ram:x': it is ID:PATH, an absolute one"),
+        (
+            "shared=pc.ram:x",
+            "mount option 'shared=pc.ram:x': expects ID:PATH with an absolute path, as in "
+            "shared=pc.ram:/dev/shm/vm1",
+        ),
         ("multifd-chanels=1", "mount option 'multifd-chanels=1': no such option (did you mean multifd_channels?)"),
         ("rma=pc.ram:1G", "mount option 'rma=pc.ram:1G': no such option (did you mean ram?)"),
         ("fail", "mount option 'fail': no such option"),
