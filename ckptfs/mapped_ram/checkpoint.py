@@ -1,6 +1,8 @@
 """Reading a mapped-ram migration file, as QEMU 9.0 to 10.2 write it, without reading a page."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 from uuid import UUID
 
@@ -22,7 +24,7 @@ from ckptfs.mapped_ram.stream import (
     skip_command,
     uuid_of,
 )
-from ckptfs.mapped_ram.vmdesc import Vmdesc, find_vmdesc
+from ckptfs.mapped_ram.vmdesc import Vmdesc, vmdescs
 
 MAX_DEVICE_STATE_LENGTH = 1 << 30
 
@@ -30,6 +32,7 @@ MAX_DEVICE_STATE_LENGTH = 1 << 30
 _BIG_ENDIAN_MACHINES = ("s390-ccw-virtio",)
 _BITMAP_CHUNK_LENGTH = 1 << 20
 _RUN_STATE_LENGTH = 32
+_MAX_VMDESCS = 4
 
 
 @dataclass(frozen=True)
@@ -95,11 +98,32 @@ def read_checkpoint(source: Source, stream_offset: int = 0) -> tuple[Checkpoint,
     blocks = read_block_list(cursor, header)
     bitmaps = {block.idstr: _read_bitmap(source, block, header) for block in blocks if not block.ignored}
     footers = read_ram_start_end(cursor, ram_section_id)
-    walker = SectionWalker(cursor, find_vmdesc(source, cursor.position), ram_section_id, footers=footers)
-    setup_sections = walker.setup_sections()
-    _pass_ram_sections(cursor, ram_section_id, footers=footers)
-    checkpoint = finish_checkpoint(walker, stream_offset, header, blocks, ram_section_id, setup_sections)
-    return checkpoint, bitmaps
+    start = cursor.position
+
+    def read_with(vmdesc: Vmdesc | None) -> Checkpoint:
+        cursor.position = start
+        walker = SectionWalker(cursor, vmdesc, ram_section_id, footers=footers)
+        setup_sections = walker.setup_sections()
+        _pass_ram_sections(cursor, ram_section_id, footers=footers)
+        return finish_checkpoint(walker, stream_offset, header, blocks, ram_section_id, setup_sections)
+
+    return first_sound(vmdescs(source, start), read_with), bitmaps
+
+
+def first_sound(candidates: Iterable[Vmdesc], read_with: Callable[[Vmdesc | None], Checkpoint]) -> Checkpoint:
+    """The checkpoint as the first vmdesc describes it that fits; without any, as it can be told without one.
+
+    Raises CheckpointError if none of them fits.
+    """
+    error = None
+    for vmdesc in islice(candidates, _MAX_VMDESCS):
+        try:
+            return read_with(vmdesc)
+        except CheckpointError as misfit:
+            error = error or misfit
+    if error is not None:
+        raise error
+    return read_with(None)
 
 
 def finish_checkpoint(
@@ -264,6 +288,7 @@ __all__ = [
     "Checkpoint",
     "Section",
     "finish_checkpoint",
+    "first_sound",
     "read_checkpoint",
     "read_device_state",
     "read_setup",

@@ -35,7 +35,7 @@ from ckptfs.mapped_ram.stream import (
     uuid_of,
     with_uuid,
 )
-from ckptfs.mapped_ram.vmdesc import empty_vmdesc, find_vmdesc, with_configuration
+from ckptfs.mapped_ram.vmdesc import empty_vmdesc, vmdescs, with_configuration
 
 ALIGNMENT = 0x100000
 """QEMU aligns each block's pages to 1 MiB of the file; loading needs only the page size."""
@@ -72,8 +72,10 @@ class Image:
         """
         device_state = self.device_state
         if (capabilities, uuid) != (self.capabilities, uuid_of(self.subsections)):
-            vmdesc = find_vmdesc(BytesSource(device_state), 0)
-            if vmdesc is not None:
+            found = (
+                x for x in vmdescs(BytesSource(device_state), 0) if x.file_offset + x.length == len(device_state)
+            )
+            if (vmdesc := next(found, None)) is not None:
                 device_state = device_state[: vmdesc.file_offset] + with_configuration(
                     vmdesc.description, self.machine, capabilities, has_uuid=uuid is not None
                 )

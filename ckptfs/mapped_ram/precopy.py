@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from ckptfs.errors import CheckpointError
 from ckptfs.mapped_ram.bitmap import PagesBitmap
-from ckptfs.mapped_ram.checkpoint import Checkpoint, finish_checkpoint
+from ckptfs.mapped_ram.checkpoint import Checkpoint, finish_checkpoint, first_sound
 from ckptfs.mapped_ram.layout import frame, image_of
 from ckptfs.mapped_ram.ram_section import read_block_list, read_ram_start, read_ram_start_end
 from ckptfs.mapped_ram.ramblock import RAMBlock
@@ -38,7 +38,7 @@ from ckptfs.mapped_ram.stream import (
     read_stream_header,
     skip_command,
 )
-from ckptfs.mapped_ram.vmdesc import find_vmdesc
+from ckptfs.mapped_ram.vmdesc import Vmdesc, last_vmdesc, vmdescs
 
 MAX_INDEXED_LENGTH = 1 << 40
 """A larger block's pages are not indexed: 1 TiB needs up to 2 GiB of index."""
@@ -110,12 +110,21 @@ def read_precopy(source: Source, stream_offset: int = 0) -> PrecopyStream:
     ram_section_id = read_ram_start(cursor)
     blocks = read_block_list(cursor, header)
     footers = read_ram_start_end(cursor, ram_section_id)
-    walker = SectionWalker(cursor, find_vmdesc(source, cursor.position), ram_section_id, footers=footers)
-    setup_sections = walker.setup_sections()
+    setup_offset = cursor.position
+    has_setup = cursor.peek(1) == bytes([SectionType.FULL])
+    vmdesc = last_vmdesc(source, setup_offset) if has_setup else None
+    SectionWalker(cursor, vmdesc, ram_section_id, footers=footers).setup_sections()
     index = _PageIndex(source, blocks, header.page_size)
-    cursor.position = index.read_ram_sections(cursor.position, ram_section_id, footers=footers)
-    checkpoint = finish_checkpoint(walker, stream_offset, header, blocks, ram_section_id, setup_sections)
-    return PrecopyStream(checkpoint, index.page_offsets)
+    ram_stop = index.read_ram_sections(cursor.position, ram_section_id, footers=footers)
+
+    def read_with(vmdesc: Vmdesc | None) -> Checkpoint:
+        cursor.position = setup_offset
+        walker = SectionWalker(cursor, vmdesc, ram_section_id, footers=footers)
+        setup_sections = walker.setup_sections()
+        cursor.position = ram_stop
+        return finish_checkpoint(walker, stream_offset, header, blocks, ram_section_id, setup_sections)
+
+    return PrecopyStream(first_sound(vmdescs(source, ram_stop), read_with), index.page_offsets)
 
 
 def vmstate_stream(
@@ -198,7 +207,11 @@ class _PageIndex:
         self._cursor = Cursor(source, 0, _CHUNK_LENGTH)
 
     def read_ram_sections(self, file_offset: int, ram_section_id: int, *, footers: bool) -> int:
-        """Index everything up to and including the RAM section's END, and tell where that ends."""
+        """Index everything up to and including the RAM section's END, and tell where that ends.
+
+        A stream that QEMU wrote with background-snapshot has no END: it ends where the device state begins
+        (bg_migration_thread in migration/migration.c, 6.0 to 10.2).
+        """
         cursor = self._cursor
         cursor.position = file_offset
         footer = encode_footer(ram_section_id, footers=footers)
@@ -210,6 +223,8 @@ class _PageIndex:
                 cursor.position = offset
                 skip_command(cursor)
                 continue
+            if section_type in (SectionType.FULL, SectionType.EOF):
+                return offset
             if section_type not in (SectionType.PART, SectionType.END):
                 refuse_section(cursor, section_type)
             section_id = cursor.be32("a section header")

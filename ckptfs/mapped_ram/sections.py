@@ -159,7 +159,7 @@ class SectionWalker:
         self.cursor.position = payload_stop
         return self.cursor.peek(len(footer)) == footer and self._may_follow(payload_stop + len(footer))
 
-    def _may_follow(self, file_offset: int) -> bool:
+    def _may_follow(self, file_offset: int, *, anything_after_end: bool = False) -> bool:
         """Whether what stands at ``file_offset`` can come after a FULL section (also in a file cut short there)."""
         self.cursor.position = file_offset
         data = self.cursor.peek(_HEADER_LENGTH)
@@ -167,7 +167,7 @@ class SectionWalker:
             case SectionType.EOF:
                 if self.vmdesc is not None:
                     return file_offset + 1 == self.vmdesc.file_offset
-                return len(data) == 1 or data[1] == SectionType.VMDESCRIPTION
+                return len(data) == 1 or data[1] == SectionType.VMDESCRIPTION or anything_after_end
             case SectionType.PART | SectionType.END:
                 return int.from_bytes(data[1:5]) == self._ram_section_id
             case SectionType.FULL:
@@ -194,14 +194,13 @@ class SectionWalker:
         if self._scan is None:
             self._scan = _FooterScan(self.cursor.source, header.payload_offset)
         footers = self._scan.footers(header.section_id, header.payload_offset)
-        if not self._scan.complete:
-            return []
-        if not footers:
+        if not footers and self._scan.complete:
             text = f"section {quote_idstr(header.idstr)} has no footer: the file was cut short or is damaged"
             raise CheckpointError(text, header.payload_offset)
         if len(footers) > _MAX_CANDIDATES:
             return []
-        return [footer for footer in footers if self._may_follow(footer + 5)]
+        ends = [footer for footer in footers if self._may_follow(footer + 5)]
+        return ends or [footer for footer in footers if self._may_follow(footer + 5, anything_after_end=True)]
 
     def _pass_vmdesc(self) -> None:
         """Pass over the VMDESCRIPTION, if there is one; like QEMU, do not mind one that is cut short."""
@@ -229,7 +228,7 @@ def refuse_section(cursor: Cursor, section_type: int) -> None:
 class _FooterScan:
     """Every place from ``start`` on where a footer could stand, found in one pass.
 
-    ``complete`` tells whether all of the file was looked at; if it is too long for that, nothing is.
+    ``complete`` tells whether all of the file was looked at, or only its first `MAX_SCAN_LENGTH` bytes from there.
     """
 
     _FOLLOWERS = (
@@ -242,13 +241,14 @@ class _FooterScan:
 
     def __init__(self, source: Source, start: int) -> None:
         self.complete = source.length - start <= MAX_SCAN_LENGTH
-        stop = source.length if self.complete else start
+        stop = min(source.length, start + MAX_SCAN_LENGTH)
         offsets = [np.empty(0, np.int64)]
         ids = [np.empty(0, np.int64)]
         for position in range(start, stop, _SCAN_CHUNK_LENGTH):
             # A footer is 5 bytes. What follows the last one of a file that was cut short may be taken for EOF.
-            data = np.frombuffer(source.pread(position, _SCAN_CHUNK_LENGTH + 5) + bytes(1), np.uint8)
-            at = np.flatnonzero(data[: max(data.size - 5, 0)][:_SCAN_CHUNK_LENGTH] == SectionType.FOOTER)
+            length = min(_SCAN_CHUNK_LENGTH, stop - position)
+            data = np.frombuffer(source.pread(position, length + 5) + bytes(1), np.uint8)
+            at = np.flatnonzero(data[: max(data.size - 5, 0)][:length] == SectionType.FOOTER)
             at = at[np.isin(data[at + 5], self._FOLLOWERS)]
             offsets.append(at + position)
             ids.append(data[at[:, None] + np.arange(1, 5)].view(">u4")[:, 0].astype(np.int64))

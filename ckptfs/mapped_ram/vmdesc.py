@@ -24,11 +24,20 @@ MAX_VMDESC_LENGTH = 8 << 20
 """A longer one is not parsed. QEMU writes some 10 KiB a CPU and 100 KiB for everything else."""
 
 
+_FIRST_CHUNK_LENGTH = 1 << 15
+_CHUNK_LENGTH = 1 << 20
+_MARK_LENGTH = 7  # EOF, VMDESCRIPTION, be32 length, {
+_MAX_DISTANCE = 1 << 30
+_LAST_WINDOW = MAX_VMDESC_LENGTH + 6
+_MAX_ATTEMPTS = 64
+
+
 @dataclass(frozen=True)
 class Vmdesc:
-    """The JSON of a VMDESCRIPTION whose type byte lies at ``file_offset``."""
+    """The JSON of a VMDESCRIPTION of ``length`` bytes, whose type byte lies at ``file_offset``."""
 
     file_offset: int
+    length: int
     description: dict[str, Any]
 
     def devices(self) -> list["Device"]:
@@ -63,22 +72,28 @@ class Device:
         return self.instance_id % (1 << 32) == header.instance_id
 
 
-def find_vmdesc(source: Source, start: int) -> Vmdesc | None:
-    """The vmdesc after ``start``, at the end of the file or before garbage there; None if there is none.
+def vmdescs(source: Source, start: int) -> Iterator[Vmdesc]:
+    """What may be the vmdesc of a device state that begins at ``start``, in the order of the file.
 
-    Needs no walk through the sections: JSON holds no NUL byte, so the last ``EOF VMDESCRIPTION length {`` is
-    the one.
+    JSON holds no NUL byte, so ``EOF VMDESCRIPTION length {`` is a mark. A guest can write such a mark, and a vmdesc
+    behind it, into the memory of a device: whoever takes one sees whether it describes what comes before.
     """
-    for window in (512 << 10, MAX_VMDESC_LENGTH + 6):
-        window_offset = max(start, source.length - window)
-        data = source.pread(window_offset, source.length - window_offset)
-        for position, length in _candidates(data):
-            description = _parse(data[position + 5 : position + 5 + length])
-            if description is not None:
-                return Vmdesc(window_offset + position, description)
-        if window_offset == start:
-            break
-    return None
+    attempts = _MAX_ATTEMPTS
+    for position, length in _marks(source, start):
+        attempts -= 1
+        if attempts < 0:
+            return
+        text = source.pread(position + 5, length)
+        description = _parse(text) if len(text) == length else None
+        if description is not None:
+            yield Vmdesc(position, 5 + length, description)
+
+
+def last_vmdesc(source: Source, start: int) -> Vmdesc | None:
+    """The last one in the file, for those who can't look from the front yet; None if it is not near the end."""
+    window_offset = max(start, source.length - _LAST_WINDOW)
+    found = list(vmdescs(source, window_offset))
+    return found[-1] if found else None
 
 
 def payload_length(vmsd: dict[str, Any]) -> int:
@@ -158,20 +173,21 @@ def _natural(value: object) -> int:
     return value
 
 
-def _candidates(data: bytes) -> Iterator[tuple[int, int]]:
-    """Where a type byte may be, and the length of the JSON after it: 16 at most, likeliest first."""
-    raw = np.frombuffer(data, np.uint8)
-    marks = (raw[:-6] == SectionType.EOF) & (raw[1:-5] == SectionType.VMDESCRIPTION) & (raw[6:] == ord("{"))
-    positions = np.flatnonzero(marks) + 1
-    lengths = raw[positions[:, None] + np.arange(1, 5)].view(">u4")[:, 0].astype(np.int64)
-    ends = positions + 5 + lengths
-    inside = ends <= raw.size
-    positions, lengths, ends = positions[inside], lengths[inside], ends[inside]
-    closed = raw[ends - 1] == ord("}")
-    at_end = closed & (ends == raw.size)
-    likeliest = [*np.flatnonzero(at_end)[-1:], *np.flatnonzero(closed & ~at_end)[:-16:-1]]
-    for index in likeliest:
-        yield int(positions[index]), int(lengths[index])
+def _marks(source: Source, start: int) -> Iterator[tuple[int, int]]:
+    """Where the type byte of a vmdesc may be, and how long its JSON would be."""
+    chunk_offset, chunk_length = start, _FIRST_CHUNK_LENGTH
+    while chunk_offset < min(source.length, start + _MAX_DISTANCE):
+        raw = np.frombuffer(source.pread(chunk_offset, chunk_length + _MARK_LENGTH - 1), np.uint8)
+        if raw.size < _MARK_LENGTH:
+            return
+        last = raw.size - _MARK_LENGTH + 1
+        marks = (raw[:last] == SectionType.EOF) & (raw[1 : 1 + last] == SectionType.VMDESCRIPTION)
+        marks &= raw[6 : 6 + last] == ord("{")
+        for position in np.flatnonzero(marks).tolist():
+            length = int.from_bytes(raw[position + 2 : position + 6].tobytes())
+            if length <= MAX_VMDESC_LENGTH:
+                yield chunk_offset + position + 1, length
+        chunk_offset, chunk_length = chunk_offset + chunk_length, min(2 * chunk_length, _CHUNK_LENGTH)
 
 
 def _parse(text: bytes) -> dict[str, Any] | None:

@@ -164,15 +164,50 @@ def test_names_keep_their_bytes():
     assert checkpoint.blocks[0].idstr == idstr
 
 
+class Padded(BytesSource):
+    """A file with zeros behind its end, as many as one likes."""
+
+    def __init__(self, data, padding):
+        super().__init__(data)
+        self._padding = padding
+
+    @property
+    def length(self):
+        return len(self._data) + self._padding
+
+    def pread(self, file_offset, length):
+        return self._data[file_offset : file_offset + length].ljust(min(length, self.length - file_offset), b"\0")
+
+
 @pytest.mark.parametrize("garbage", [bytes(1), bytes(4096), b"garbage", b"\0\6\0\0\0\2{}", b"}" * 100])
 @pytest.mark.parametrize("vmdesc", [True, False])
 def test_trailing_data_is_no_part_of_the_stream(vmdesc, garbage):
     data = replace(SMALL, vmdesc=vmdesc).data()
     checkpoint, bitmaps = read_checkpoint(BytesSource(data + garbage))
     assert set_pages(bitmaps["pc.ram"]) == [0, 1, 69]
-    if vmdesc:
-        assert checkpoint.end_offset == len(data)
-        assert [section.idstr for section in checkpoint.sections] == ["timer", "globalstate"]
+    assert checkpoint.end_offset == len(data)
+    assert [section.idstr for section in checkpoint.sections] == ["timer", "globalstate"]
+
+
+@pytest.mark.parametrize("padding", [1 << 20, 64 << 20, 400 << 20, 2 << 30])
+def test_as_much_as_there_may_be_behind_the_end(padding):
+    data = SMALL.data()
+    assert read_checkpoint(Padded(data, padding))[0] == read(SMALL)[0]
+
+
+def test_another_stream_behind_the_end():
+    data = SMALL.data()
+    assert read_checkpoint(BytesSource(data + data))[0] == read(SMALL)[0]
+
+
+def test_a_vmdesc_that_a_guest_has_forged_is_passed_over():
+    forged = b"\0\6" + be32(len(FORGED)) + FORGED
+    devices = [Device("odd", forged), *SMALL.devices]
+    checkpoint, _ = read(SMALL, devices=devices)
+    assert [section.idstr for section in checkpoint.sections] == ["odd", "timer", "globalstate"]
+
+
+FORGED = b'{"devices": []}'
 
 
 def test_a_vmdesc_cut_short_is_minded_as_little_as_by_qemu():

@@ -246,7 +246,7 @@ class Qemu:
         """
         await self._set_migration(mapped_ram, multifd, direct_io)
         await self.qmp("migrate", uri=_file_uri(path, offset))
-        result = await self._migrated()
+        result = await self.migrated()
         with trio.fail_after(DEADLINE):
             while await self.run_state() == "finish-migrate":  # a moment after it has completed
                 await trio.lowlevel.checkpoint()
@@ -267,7 +267,7 @@ class Qemu:
         """
         await self._set_migration(mapped_ram, multifd, direct_io)
         await self.qmp("migrate-incoming", uri=_file_uri(path, offset))
-        await self._migrated()
+        await self.migrated()
 
     async def _set_migration(self, mapped_ram: bool, multifd: int, direct_io: bool) -> None:
         states = {"mapped-ram": mapped_ram, "multifd": multifd > 0, "events": True}
@@ -277,7 +277,8 @@ class Qemu:
         await self.qmp("migrate-set-parameters", max_bandwidth=0, direct_io=direct_io, **channels)
         self._qmp.forget_events("MIGRATION")  # of an earlier migration, perhaps another monitor's
 
-    async def _migrated(self) -> dict[str, Any]:
+    async def migrated(self) -> dict[str, Any]:
+        """Wait for the end of a migration and return query-migrate's result; RuntimeError says why it failed."""
         while True:
             status = (await self.event("MIGRATION"))["status"]
             if status in ("completed", "failed", "cancelled"):
