@@ -7,24 +7,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tests.control.descriptors import open_on
 from tests.control.faults import traced
 from tests.mount.conftest import Mount
 from tests.mount.decode import PAGE, decode
-from tests.mount.harness import Mounted
 
 MiB = 1 << 20
-
-
-def fill(mounted: Mounted, length: int) -> bytes:
-    """Write random bytes into pc.ram, and return them."""
-    data = np.random.default_rng(1).bytes(length)
-    with (mounted.ram / "pc.ram").open("r+b") as file:
-        file.write(data)
-    return data
 
 
 # --- max-bandwidth ----------------------------------------------------------------------------------------
@@ -44,7 +34,7 @@ def memory(tmp_path: Path) -> Iterator[Path]:
 def test_a_save_is_no_faster_than_its_limit(channels: int, mount: Mount, memory: Path) -> None:
     """That it is no slower is shown with a clock that nothing disturbs: tests/migration/test_ratelimit.py."""
     mounted = mount(memory / "checkpoint", "ram=pc.ram:64M", f"multifd_channels={channels},max_bandwidth=32M")
-    fill(mounted, 64 * MiB)
+    mounted.fill(1)
     started = time.monotonic()
     mounted.ctl("save")
     assert time.monotonic() - started >= 1.8
@@ -54,7 +44,7 @@ def test_a_save_is_no_faster_than_its_limit(channels: int, mount: Mount, memory:
 def test_a_limit_without_multifd(mount: Mount, memory: Path) -> None:
     mounted = mount(memory / "checkpoint", "ram=pc.ram:32M,max_bandwidth=32M")
     mounted.ctl("migrate_set_capability multifd off")
-    fill(mounted, 32 * MiB)
+    mounted.fill(1)
     started = time.monotonic()
     mounted.ctl("save")
     assert time.monotonic() - started >= 0.9
@@ -65,11 +55,13 @@ def test_zero_pages_cost_no_bandwidth(mount: Mount, tmp_path: Path) -> None:
     with (mounted.ram / "pc.ram").open("r+b") as file:
         file.write(bytes(16 * MiB))
     mounted.ctl("save")
+    ram = mounted.status()["migration"]["ram"]
+    assert (ram["transferred"], ram["normal"], ram["duplicate"]) == (0, 0, 16 * MiB // PAGE)
 
 
 def test_a_change_counts_at_once(mount: Mount, memory: Path) -> None:
     mounted = mount(memory / "checkpoint", "ram=pc.ram:64M,max_bandwidth=256k")  # it would be minutes
-    data = fill(mounted, 64 * MiB)
+    data = mounted.fill(1)
     mounted.ctl("save nowait")
     mounted.wait_for(lambda status: status["migration"].get("status") == "active")
     started = time.monotonic()
@@ -89,7 +81,7 @@ def test_as_many_channels_as_were_asked_for(
     multifd: str, channels: int, expected: int, mount: Mount, tmp_path: Path
 ) -> None:
     mounted = mount(tmp_path / "checkpoint", f"ram=pc.ram:4M,multifd_channels={channels},max_bandwidth=64k")
-    data = fill(mounted, 4 * MiB)
+    data = mounted.fill(1)
     mounted.ctl(f"migrate_set_capability multifd {multifd}")
     mounted.ctl("save nowait")
     while not mounted.status()["migration"]["ram"]["remaining"]:
@@ -105,7 +97,7 @@ def test_as_many_channels_as_were_asked_for(
 
 def test_without_multifd_pages_are_written_in_their_order(mount: Mount, tmp_path: Path) -> None:
     mounted = mount(tmp_path / "checkpoint", "ram=pc.ram:8M")
-    fill(mounted, 8 * MiB)
+    mounted.fill(1)
     mounted.ctl("migrate_set_capability multifd off")
     with traced(mounted.pid, tmp_path / "strace", "pwritev2") as calls:
         mounted.ctl("save")
@@ -155,7 +147,7 @@ def without_direct_io(tmp_path: Path) -> Iterator[Path]:
 def test_a_file_system_without_direct_io(without_direct_io: Path, mount: Mount) -> None:
     path = without_direct_io / "checkpoint"
     mounted = mount(path, "ram=pc.ram:1M")
-    data = fill(mounted, MiB)
+    data = mounted.fill(1)
     mounted.ctl("save")
     mounted.ctl("save")
     assert decode(path).blocks["pc.ram"].tobytes() == data
@@ -176,7 +168,7 @@ def test_direct_io_by_name_is_not_done_without(door: str, without_direct_io: Pat
         mounted.ctl("migrate_set_parameter direct-io on")
     elif door == "file":
         (mounted.path / "parameters/direct-io").write_text("on\n")
-    fill(mounted, MiB)
+    mounted.fill(1)
     with pytest.raises(OSError, match="does not support O_DIRECT: set direct-io off") as caught:
         mounted.ctl("save")
     assert caught.value.errno == errno.EINVAL
@@ -188,7 +180,7 @@ def test_direct_io_by_name_is_not_done_without(door: str, without_direct_io: Pat
 def test_without_multifd_direct_io_has_no_effect(without_direct_io: Path, mount: Mount) -> None:
     path = without_direct_io / "checkpoint"
     mounted = mount(path, "ram=pc.ram:1M", "direct_io=on")
-    data = fill(mounted, MiB)
+    data = mounted.fill(1)
     mounted.ctl("migrate_set_capability multifd off")
     mounted.ctl("save")
     assert decode(path).blocks["pc.ram"].tobytes() == data

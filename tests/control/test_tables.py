@@ -17,6 +17,7 @@ from tests.control.footprint import footprint
 from tests.doubles.migration_file import Block, Device, MigrationFile
 from tests.mount.conftest import Mount
 from tests.mount.decode import PAGE, decode
+from tests.mount.disk import Disk
 from tests.mount.harness import Mounted, run_mount
 from tests.qemu.stock_checkpoint import StockCheckpoints
 
@@ -202,11 +203,9 @@ def test_ram_that_is_left_out_has_to_be_named(empty: Mounted, tmp_path: Path) ->
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """4 MiB, on which short writes happen before there is no space left."""
-    directory = tmp_path / "small"
-    directory.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4M", "none", directory], check=True)
-    yield directory
-    subprocess.run(["umount", "--lazy", directory], check=True)
+    disk = Disk("tmpfs", tmp_path / "image", tmp_path / "small", 4 * MiB)
+    yield disk.path
+    disk.close()
 
 
 @pytest.mark.parametrize(
@@ -330,6 +329,19 @@ def test_query_migrate_counts(multifd: str, multifd_bytes: int, mount: Mount, tm
         f"multifd bytes: {multifd_bytes >> 10} kbytes",
     ):
         assert line in text.splitlines()
+
+
+def test_query_migrate_counts_what_remains(mount: Mount, tmp_path: Path) -> None:
+    mounted = mount(tmp_path / "checkpoint", "ram=pc.ram:8M", "max_bandwidth=64k")  # it would be minutes
+    mounted.fill(1)
+    mounted.ctl("save nowait")
+    while not (ram := mounted.status()["migration"]["ram"])["transferred"]:
+        pass  # no state of QEMU's says that pages have gone
+    assert 0 < ram["remaining"] < ram["total"] == 8 * MiB
+    assert ram["transferred"] + ram["remaining"] == ram["total"]
+    (line,) = (line for line in mounted.ctl("info migrate").splitlines() if line.startswith("remaining ram: "))
+    assert 0 < int(line.split()[2]) <= ram["remaining"] >> 10
+    mounted.ctl("cancel")
 
 
 STATUS_KEYS = [

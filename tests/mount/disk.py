@@ -11,16 +11,20 @@ LENGTHS = {"ext4": 60 * MiB, "xfs": 320 * MiB, "tmpfs": 60 * MiB}
 
 
 class Disk:
-    """A file system at `path`, until `close`: loop-mounted, or a tmpfs, which forgets all at `restart`."""
+    """A file system at `path`, until `close`: loop-mounted, or a tmpfs, which forgets all at `restart`.
 
-    def __init__(self, kind: str, image: Path, path: Path) -> None:
+    ``length`` in bytes is that of `LENGTHS` if none is given.
+    """
+
+    def __init__(self, kind: str, image: Path, path: Path, length: int | None = None) -> None:
+        length = LENGTHS[kind] if length is None else length
         self.path = path
         self._mount_command = ["mount", "-o", "loop", image, path]
         if kind == "tmpfs":
-            self._mount_command = ["mount", "-t", "tmpfs", "-o", f"size={LENGTHS[kind]}", "none", path]
+            self._mount_command = ["mount", "-t", "tmpfs", "-o", f"size={length}", "none", path]
         else:
             with image.open("wb") as file:
-                file.truncate(LENGTHS[kind])
+                file.truncate(length)
             subprocess.run([f"mkfs.{kind}", "-q", image], check=True)
         path.mkdir()
         subprocess.run(self._mount_command, check=True)

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 BIN = Path(sys.executable).parent
 """Where mount.ckptfs and ckptfs are: beside the Python that runs the tests."""
 
@@ -132,6 +134,14 @@ class Mounted:
             return _read_all(fd)
         finally:
             os.close(fd)
+
+    def fill(self, seed: int, length: int | None = None, name: str = "pc.ram") -> bytes:
+        """Write random bytes from the beginning of a RAM block on, into all of it by default; return them."""
+        path = self.ram / name
+        data = np.random.default_rng(seed).bytes(path.stat().st_size if length is None else length)
+        with path.open("r+b", buffering=0) as file:
+            assert file.write(data) == len(data)
+        return data
 
     def status(self) -> dict[str, Any]:
         """What status.json says."""

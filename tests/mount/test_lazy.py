@@ -73,6 +73,17 @@ def test_64_kib_of_a_gib_cost_no_more_than_a_few_mib(mount: Mount, tmp_path: Pat
     assert status["time-to-full"] is None
 
 
+def test_what_the_kernel_has_cached_is_not_read_again(mount: Mount, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    dense_checkpoint(path, 8 * MiB)
+    mounted = mount(path)
+    for _ in range(2):
+        before = io(mounted)["rchar"]
+        assert (mounted.ram / "pc.ram").read_bytes() == bytes(8 * MiB)
+        read = io(mounted)["rchar"] - before
+    assert read < MiB  # requests: open, close
+
+
 def test_zero_pages_cost_no_io(mount: Mount, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
     MigrationFile(blocks=[Block("pc.ram", 4096, {}, stale={7: b"stale"})]).write(path)

@@ -4,10 +4,12 @@ import errno
 import mmap
 import os
 import pwd
+import resource
 import shlex
 import signal
 import stat
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -133,13 +135,48 @@ def test_foreground(checkpoint: Path, mount_point: Path) -> None:
     assert process.returncode == 0
 
 
+@pytest.fixture
+def careless() -> Iterator[None]:
+    """A caller who wants core files, and whose files anybody may read."""
+    limits = resource.getrlimit(resource.RLIMIT_CORE)
+    resource.setrlimit(resource.RLIMIT_CORE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    umask = os.umask(0)
+    yield
+    os.umask(umask)
+    resource.setrlimit(resource.RLIMIT_CORE, limits)
+
+
+@pytest.mark.usefixtures("careless")
 def test_a_daemon_holds_nothing_of_its_caller(mount: Mount, checkpoint: Path) -> None:
     mounted = mount(checkpoint)
+    assert stat.S_IMODE(mounted.log.stat().st_mode) == 0o600
     for number in (0, 1, 2):
         assert os.readlink(f"/proc/{mounted.pid}/fd/{number}") == "/dev/null"
     assert os.readlink(f"/proc/{mounted.pid}/cwd") == "/"
     limits = Path(f"/proc/{mounted.pid}/limits").read_text()
-    assert next(line for line in limits.splitlines() if line.startswith("Max core file size")).split()[4] == "0"
+    assert (
+        next(line for line in limits.splitlines() if line.startswith("Max core file size")).split()[4:6]
+        == ["0"] * 2
+    )
+
+
+def test_a_daemon_asks_to_be_an_io_flusher(checkpoint: Path, mount_point: Path, tmp_path: Path) -> None:
+    """Reclaim in the daemon must not wait for pages that only it can write back; the kernel grants it to few."""
+    trace = tmp_path / "strace"
+    command = [
+        "strace",
+        "-f",
+        "-e",
+        "trace=prctl",
+        "-o",
+        trace,
+        BIN / "mount.ckptfs",
+        "-f",
+        checkpoint,
+        mount_point,
+    ]
+    subprocess.run(command, check=True, timeout=DEADLINE)
+    assert "prctl(PR_SET_IO_FLUSHER, 1" in trace.read_text()
 
 
 # --- odd paths --------------------------------------------------------------------------------------------

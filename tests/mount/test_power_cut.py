@@ -43,10 +43,7 @@ class Machine:
 
     def fill(self) -> bytes:
         """Write random bytes to all of RAM."""
-        ram = self._random.bytes(LENGTH)
-        with (self.mounted.ram / "pc.ram").open("r+b", buffering=0) as file:
-            assert file.write(ram) == LENGTH
-        return ram
+        return self.mounted.fill(int(self._random.integers(1 << 32)))
 
     def lose_power(self, *, log_written: bool) -> None:
         """Everything stops, and starts again with what the disk has."""

@@ -22,13 +22,6 @@ def shell(command: str, directory: Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["bash", "-c", command], cwd=directory, capture_output=True, text=True)
 
 
-def fill(mounted: Mounted) -> bytes:
-    ram = np.random.default_rng(1).bytes(LENGTH)
-    with (mounted.ram / "pc.ram").open("r+b", buffering=0) as file:
-        assert file.write(ram) == LENGTH
-    return ram
-
-
 SLIPS = {
     "cp": "cp other pc.ram",
     "cp of the right length": "cp whole pc.ram",
@@ -75,7 +68,7 @@ def test_the_file_of_a_fresh_guest_takes_a_whole_copy(fresh: Mounted, tmp_path: 
 
 @pytest.mark.parametrize("saved", [False, True], ids=["never saved", "saved"])
 def test_a_file_that_holds_data_is_not_emptied(saved: bool, fresh: Mounted, tmp_path: Path) -> None:
-    ram = fill(fresh)
+    ram = fresh.fill(1)
     if saved:
         fresh.ctl("save")
     (tmp_path / "other").write_bytes(b"x" * MiB)
@@ -91,7 +84,7 @@ def test_a_file_that_holds_data_is_not_emptied(saved: bool, fresh: Mounted, tmp_
 
 
 def test_reset_makes_room_for_a_copy(fresh: Mounted, tmp_path: Path) -> None:
-    ram = fill(fresh)
+    ram = fresh.fill(1)
     (tmp_path / "source").write_bytes(ram[::-1])
     fresh.ctl("reset")
     assert shell(f"cp source {fresh.ram}/pc.ram", tmp_path).returncode == 0

@@ -3,7 +3,9 @@
 import errno
 import os
 import pwd
+import socket
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -150,24 +152,67 @@ def test_an_offset_into_a_file_that_is_mounted(mount: Mount, tmp_path: Path) -> 
 # --- somebody else's words --------------------------------------------------------------------------------
 
 
-def test_a_root_daemon_saves_only_where_the_writer_could(mount: Mount, public: Path) -> None:
-    for name, owner in (("mine", 0), ("theirs", NOBODY.pw_uid)):
-        (public / name).mkdir(mode=0o700)
-        os.chown(public / name, owner, -1)
-    (public / "mnt").mkdir()
-    mounted = mount(public / "mine" / "checkpoint", "ram=pc.ram:1M", "allow_other,umask=0", path=public / "mnt")
+Shell = Callable[[Mounted, str], str]
 
-    def as_nobody(command: str) -> str:
+
+@pytest.fixture
+def as_nobody() -> Shell:
+    """`as_nobody(MOUNT, COMMAND)`: what somebody else reads from ctl after he wrote a command."""
+
+    def as_nobody(mounted: Mounted, command: str) -> str:
         script = f"exec 3<>{mounted.path}/ctl; echo '{command}' >&3; cat <&3"
         identity = ["setpriv", f"--reuid={NOBODY.pw_uid}", f"--regid={NOBODY.pw_gid}", "--clear-groups"]
         return subprocess.run(
             [*identity, "bash", "-c", script], cwd="/", capture_output=True, text=True, timeout=DEADLINE
         ).stdout
 
-    assert "Permission denied" in as_nobody(f"save {public}/mine/other")
-    assert "Permission denied" in as_nobody("save")
+    return as_nobody
+
+
+def test_a_root_daemon_opens_only_checkpoints_that_the_writer_could(
+    mount: Mount, public: Path, as_nobody: Shell
+) -> None:
+    path = public / "checkpoint"
+    MigrationFile(blocks=[Block("pc.ram", 16, {0: b"secret"})]).write(path)
+    path.chmod(0o600)
+    (public / "mnt").mkdir()
+    mounted = mount("none", "allow_other,umask=0", path=public / "mnt")
+    assert as_nobody(mounted, f"migrate_incoming file:{path}").startswith(f"error: {path}: Permission denied")
+    assert list(mounted.ram.iterdir()) == []
+    path.chmod(0o644)
+    assert as_nobody(mounted, f"migrate_incoming file:{path}").startswith("ok ")
+    assert (mounted.ram / "pc.ram").read_bytes().startswith(b"secret")
+
+
+def test_a_root_daemon_connects_only_to_machines_that_the_writer_could(
+    mount: Mount, public: Path, as_nobody: Shell
+) -> None:
+    path = public / "qmp"
+    (public / "mnt").mkdir()
+    mounted = mount(public / "checkpoint", "ram=pc.ram:1M,allow_other,umask=0", path=public / "mnt")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(os.fspath(path))
+        listener.listen()
+        path.chmod(0o600)
+        assert as_nobody(mounted, f"qmp {path}").startswith("ok ")
+        for command in ("stop", "cont"):
+            assert as_nobody(mounted, command).startswith(f"error: QMP socket {path}: Permission denied")
+        listener.shutdown(socket.SHUT_RDWR)  # who connects from here on is refused
+        path.chmod(0o666)
+        assert as_nobody(mounted, "stop").startswith(f"error: QMP socket {path}: Connection refused")
+
+
+def test_a_root_daemon_saves_only_where_the_writer_could(mount: Mount, public: Path, as_nobody: Shell) -> None:
+    for name, owner in (("mine", 0), ("theirs", NOBODY.pw_uid)):
+        (public / name).mkdir(mode=0o700)
+        os.chown(public / name, owner, -1)
+    (public / "mnt").mkdir()
+    mounted = mount(public / "mine" / "checkpoint", "ram=pc.ram:1M", "allow_other,umask=0", path=public / "mnt")
+
+    assert "Permission denied" in as_nobody(mounted, f"save {public}/mine/other")
+    assert "Permission denied" in as_nobody(mounted, "save")
     assert os.listdir(public / "mine") == []
-    assert as_nobody(f"save {public}/theirs/checkpoint").startswith("ok ")
+    assert as_nobody(mounted, f"save {public}/theirs/checkpoint").startswith("ok ")
     saved = public / "theirs" / "checkpoint"
     assert (saved.stat().st_uid, saved.stat().st_mode & 0o777) == (NOBODY.pw_uid, 0o600)
     mounted.umount()

@@ -3,7 +3,6 @@
 import mmap
 import os
 import struct
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import trio
 
+from tests.mount.disk import Disk
 from tests.qemu.guest import BLOB_LENGTH, Guest
 from tests.qemu.machine import VGA_AND_RNG, Qemu
 from tests.qemu.qmp import QmpError
@@ -23,11 +23,9 @@ MEMORY = 128 << 20
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    directory = tmp_path / "small"
-    directory.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "none", directory], check=True)
-    yield directory
-    subprocess.run(["umount", directory], check=True)
+    disk = Disk("tmpfs", tmp_path / "image", tmp_path / "small", 1 << 20)
+    yield disk.path
+    disk.close()
 
 
 VARIANTS: list[dict[str, Any]] = [
