@@ -3,7 +3,6 @@
 import errno
 import json
 import os
-import struct
 import subprocess
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.control.footprint import footprint
-from tests.doubles.migration_file import Block, Device, MigrationFile
+from tests.doubles.migration_file import Block, Device, MigrationFile, be32, be64
 from tests.mount.conftest import Mount
 from tests.mount.decode import PAGE, decode
 from tests.mount.disk import Disk
@@ -47,14 +46,6 @@ def put(mark: str, data: bytes, at: int = 0) -> Change:
 def cut(mark: str, at: int = 0) -> Change:
     """End the file there."""
     return lambda content, marks: content[: marks[mark] + at]
-
-
-def be32(value: int) -> bytes:
-    return struct.pack(">I", value)
-
-
-def be64(value: int) -> bytes:
-    return struct.pack(">Q", value)
 
 
 BROKEN: list[tuple[str, Change, str]] = [

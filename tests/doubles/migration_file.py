@@ -15,6 +15,16 @@ from typing import Literal
 PAGE_SIZE = 4096
 
 
+def be32(value: int) -> bytes:
+    """A number as QEMU's qemu_put_be32 writes it."""
+    return struct.pack(">I", value)
+
+
+def be64(value: int) -> bytes:
+    """A number as QEMU's qemu_put_be64 writes it."""
+    return struct.pack(">Q", value)
+
+
 def globalstate(run_state: str) -> bytes:
     """The payload of the section globalstate."""
     return struct.pack(">I32s2x66x", len(run_state) + 1, run_state.encode())

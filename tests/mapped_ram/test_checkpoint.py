@@ -14,7 +14,7 @@ from ckptfs.mapped_ram import checkpoint as checkpoint_module
 from ckptfs.mapped_ram import sections
 from ckptfs.mapped_ram.bitmap import PagesBitmap, Run
 from ckptfs.mapped_ram.checkpoint import read_checkpoint, read_device_state, read_setup, with_run_state
-from tests.doubles.migration_file import Block, BytesSource, Device, MigrationFile, globalstate
+from tests.doubles.migration_file import Block, BytesSource, Device, MigrationFile, be32, be64, globalstate
 
 SMALL = MigrationFile(
     blocks=[Block("pc.ram", 70, {0: b"first", 1: b"second", 69: b"last"}, stale={2: b"old"}), Block("vga.vram", 1)],
@@ -285,6 +285,20 @@ def test_early_sections_without_footers_and_vmdesc_are_refused():
         read(SMALL, footers=False, vmdesc=False, setup_devices=[EARLY])
 
 
+def test_a_bitmap_in_many_pieces_is_checked_to_its_end(monkeypatch):
+    """As that of a block of more than 32 GiB is read."""
+    monkeypatch.setattr(checkpoint_module, "_BITMAP_CHUNK_LENGTH", 16)
+    pages = dict.fromkeys((0, 127, 128, 300, 349), b"x")
+    description = replace(SMALL, blocks=[Block("pc.ram", 350, pages)])
+    _, bitmaps = read(description)
+    assert set_pages(bitmaps["pc.ram"]) == sorted(pages)
+    data, marks = description.build()
+    last = marks["pc.ram.bitmap"] + 350 // 8
+    broken = data[:last] + bytes([data[last] | 0x80]) + data[last + 1 :]
+    with pytest.raises(CheckpointError, match=r"past the last page \(349\)"):
+        read_checkpoint(BytesSource(broken))
+
+
 def test_reading_costs_one_bit_a_page():
     class CountingSource(BytesSource):
         read_length = 0
@@ -311,14 +325,6 @@ class Broken:
     data: bytes
     text: str
     shift: int = 0
-
-
-def be32(value):
-    return struct.pack(">I", value)
-
-
-def be64(value):
-    return struct.pack(">Q", value)
 
 
 BROKEN = [
@@ -355,6 +361,7 @@ BROKEN = [
     Broken("bitmap_offset 0", "pc.ram.bitmap_offset", be64(0), "not right after"),
     Broken("bitmap_offset huge", "pc.ram.bitmap_offset", be64((1 << 64) - 1), "not right after"),
     Broken("pages_offset unaligned", "pc.ram.pages_offset", be64(4097), "bad alignment"),
+    Broken("pages_offset half a page on", "pc.ram.pages_offset", be64(4096 + 512), "bad alignment"),
     Broken("pages_offset 0", "pc.ram.pages_offset", be64(0), "before the end of the bitmap"),
     Broken("pages_offset wrong", "pc.ram.pages_offset", be64(8192), "name is empty"),
     Broken("pages_offset huge", "pc.ram.pages_offset", be64((1 << 64) - 4096), "the file ends at"),

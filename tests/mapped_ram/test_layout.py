@@ -72,6 +72,11 @@ def test_an_empty_image_is_a_checkpoint_of_ram_alone(blocks, stream_offset, page
     assert all(bitmap.count() == 0 for bitmap in bitmaps.values())
 
 
+def test_pages_lie_where_qemu_puts_them():
+    result = layout(empty_image([("pc.ram", 4096 * 3), ("vga.vram", 4096)]), 0x1001)
+    assert [block.pages_offset for block in result.blocks] == [1 << 20, 2 << 20]
+
+
 def test_the_header_is_the_first_extent():
     result = layout(empty_image([("pc.ram", 4096)]), 4096)
     file_offset, data = result.header

@@ -20,14 +20,18 @@ class Decoded:
     device_sections: bytes
 
 
-class _Reader:
+class Reader:
+    """A file that is read from ``position`` on, and further with every call."""
+
     def __init__(self, path: Path, position: int) -> None:
         self.path = path
         self.position = position
-        self.data = np.memmap(path, np.uint8, mode="r")
+        self.data = np.memmap(path, np.uint8, mode="r").view(np.ndarray)  # slices of a memmap are slow
 
     def take(self, length: int) -> bytes:
         self.position += length
+        if self.position > self.data.size:
+            raise ValueError(f"{self.path}: ends before byte {self.position:#x}")
         return self.data[self.position - length : self.position].tobytes()
 
     def number(self, length: int) -> int:
@@ -44,7 +48,7 @@ class _Reader:
 
 def decode(path: Path, offset: int = 0) -> Decoded:
     """Decode a file as QEMU 9.0 or later writes it for a PC; ValueError or struct.error if it is none."""
-    reader = _Reader(path, offset)
+    reader = Reader(path, offset)
     reader.expect(">IIB", 0x5145564D, 3, _CONFIGURATION)
     reader.take(reader.number(4))  # machine
     reader.expect("B", _SUBSECTION)
@@ -72,7 +76,7 @@ def decode(path: Path, offset: int = 0) -> Decoded:
     return Decoded(blocks, reader.data[reader.position :].tobytes())
 
 
-def _decode_blocks(reader: _Reader) -> dict[str, npt.NDArray[np.uint8]]:
+def _decode_blocks(reader: Reader) -> dict[str, npt.NDArray[np.uint8]]:
     blocks = {}
     total = reader.number(8) & ~0xFFF
     while total > 0:

@@ -273,7 +273,9 @@ def test_without_root_through_fusermount3(public: Path) -> None:
 MOUNT_8 = """
 set -eu
 mount -t tmpfs none /usr/sbin       # where mount(8) looks for helpers; nobody else sees this one
-mount-helpers/install '' {prefix}
+mount-helpers/install {staging} {prefix}            # and as a package is unpacked:
+tar -C {staging} -c . | tar -C / -x --keep-directory-symlink --no-overwrite-dir
+rm -r {staging}
 test "$(readlink /sbin/mount.ckptfs)" = {prefix}/bin/mount.ckptfs
 
 mount -t ckptfs {checkpoint} {directory} -o prefetch=on,multifd_channels=3
@@ -302,7 +304,13 @@ echo all of it
 def test_mount_and_fstab_after_an_install(checkpoint: Path, mount_point: Path, tmp_path: Path) -> None:
     prefix, fstab = tmp_path / "prefix", tmp_path / "fstab"
     fstab.write_text(f"{checkpoint} {mount_point} ckptfs noauto,nofail,x-systemd.automount,prefetch=on 0 0\n")
-    names = {"prefix": prefix, "fstab": fstab, "checkpoint": checkpoint, "directory": mount_point}
+    names = {
+        "staging": tmp_path / "staging",
+        "prefix": prefix,
+        "fstab": fstab,
+        "checkpoint": checkpoint,
+        "directory": mount_point,
+    }
     script = MOUNT_8.format(**{name: shlex.quote(str(path)) for name, path in names.items()})
     result = in_a_mount_namespace(script)
     assert result.stdout.endswith("all of it\n"), result.stdout + result.stderr

@@ -1,13 +1,12 @@
 """What mount.ckptfs refuses: one line that names the thing, and mount(8)'s exit code, and nothing is mounted."""
 
 import os
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.doubles.migration_file import Block, MigrationFile
+from tests.doubles.migration_file import Block, MigrationFile, be64
 from tests.mount.conftest import Mount
 from tests.mount.harness import is_mounted, run_mount
 
@@ -27,10 +26,6 @@ def refused(spec: str | Path, directory: Path, *options: str, code: int = MOUNT_
     assert result.stderr.endswith("\n")
     assert result.stderr.count("\n") == 1, result.stderr
     return result.stderr
-
-
-def be64(value: int) -> bytes:
-    return struct.pack(">Q", value)
 
 
 # --- files that are no checkpoint, or lie -----------------------------------------------------------------

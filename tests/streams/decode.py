@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from tests.mount.decode import Reader
+
 PAGE = 4096
 _RAM_ZERO, _RAM_PAGE, _RAM_EOS, _RAM_CONTINUE = 0x02, 0x08, 0x10, 0x20
 
@@ -49,90 +51,74 @@ class Decoded:
         return names
 
 
-class _Reader:
-    def __init__(self, data: bytes, position: int) -> None:
-        self.data = data
-        self.position = position
-
-    def take(self, length: int) -> bytes:
-        self.position += length
-        assert self.position <= len(self.data)
-        return self.data[self.position - length : self.position]
-
-    def number(self, length: int) -> int:
-        return int.from_bytes(self.take(length))
-
-    def text(self) -> str:
-        return self.take(self.number(1)).decode()
-
-    def expect(self, data: bytes) -> None:
-        found = self.take(len(data))
-        assert found == data, f"{found!r} before byte {self.position:#x} should be {data!r}"
-
-
 def decode(path: Path, offset: int = 0) -> Decoded:
-    """Decode a file as QEMU 10 writes it for a PC; AssertionError if it is none."""
-    reader = _Reader(path.read_bytes(), offset)
-    reader.expect(b"QEVM\0\0\0\3\7")
+    """Decode a file as QEMU 10 writes it for a PC; AssertionError or ValueError if it is none."""
+    reader = Reader(path, offset)
+    _expect(reader, b"QEVM\0\0\0\3\7")
     machine = reader.take(reader.number(4)).decode()
     configuration = _configuration(reader)
-    reader.expect(b"\1")
+    _expect(reader, b"\1")
     ram_id = reader.take(4)
-    reader.expect(b"\3ram\0\0\0\0\0\0\0\4")
+    _expect(reader, b"\3ram\0\0\0\0\0\0\0\4")
     decoded = Decoded(machine, configuration, {}, b"")
     _read_blocks(reader, decoded)
     end = _RAM_EOS.to_bytes(8) + b"\x7e" + ram_id
-    reader.expect(end)
+    _expect(reader, end)
     block = None
     while (section_type := reader.number(1)) in (2, 3, 8):
         if section_type == 8:
             reader.take(2)
             reader.take(reader.number(2))
             continue
-        reader.expect(ram_id)
+        _expect(reader, ram_id)
         block = _read_records(reader, decoded.blocks, block)
         reader.position -= 8
-        reader.expect(end)
+        _expect(reader, end)
         if section_type == 3:
-            return Decoded(machine, configuration, decoded.blocks, reader.data[reader.position :])
+            return Decoded(machine, configuration, decoded.blocks, reader.data[reader.position :].tobytes())
     raise AssertionError(f"section type {section_type} before byte {reader.position:#x}")
 
 
-def _configuration(reader: _Reader) -> dict[str, bytes]:
+def _expect(reader: Reader, data: bytes) -> None:
+    found = reader.take(len(data))
+    assert found == data, f"{found!r} before byte {reader.position:#x} should be {data!r}"
+
+
+def _configuration(reader: Reader) -> dict[str, bytes]:
     subsections = {}
     while reader.data[reader.position] == 5:
         reader.take(1)
-        name = reader.text()
-        reader.expect(b"\0\0\0\1")
+        name = reader.text().decode()
+        _expect(reader, b"\0\0\0\1")
         start = reader.position
         if name == "configuration/uuid":
             reader.take(16)
         else:
             assert name == "configuration/capabilities"
             for _ in range(reader.number(4)):
-                reader.text()
-        subsections[name] = reader.data[start : reader.position]
+                reader.text().decode()
+        subsections[name] = reader.data[start : reader.position].tobytes()
     return subsections
 
 
-def _read_blocks(reader: _Reader, decoded: Decoded) -> None:
+def _read_blocks(reader: Reader, decoded: Decoded) -> None:
     total = reader.number(8)
     assert total % PAGE == 4
     total -= 4
     while total:
-        idstr, used_length = reader.text(), reader.number(8)
+        idstr, used_length = reader.text().decode(), reader.number(8)
         address = reader.number(8) if "x-ignore-shared" in decoded.capabilities else None
         decoded.blocks[idstr] = Block(used_length, address)
         total -= used_length
         assert total >= 0
 
 
-def _read_records(reader: _Reader, blocks: dict[str, Block], block: Block | None) -> Block | None:
+def _read_records(reader: Reader, blocks: dict[str, Block], block: Block | None) -> Block | None:
     """Read the records of a section; ``block`` is that of the last record before, and of the last one here."""
     while (word := reader.number(8)) != _RAM_EOS:
         flags, block_offset = word % PAGE, word - word % PAGE
         if not flags & _RAM_CONTINUE:
-            block = blocks[reader.text()]
+            block = blocks[reader.text().decode()]
         assert block is not None
         page = block_offset // PAGE
         if flags & ~_RAM_CONTINUE == _RAM_PAGE:
@@ -140,7 +126,7 @@ def _read_records(reader: _Reader, blocks: dict[str, Block], block: Block | None
             block.page_records[page] += 1
         else:
             assert flags & ~_RAM_CONTINUE == _RAM_ZERO
-            reader.expect(b"\0")
+            _expect(reader, b"\0")
             block.ram[block_offset : block_offset + PAGE] = 0
             block.zero_records[page] += 1
     return block
