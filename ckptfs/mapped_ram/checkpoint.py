@@ -1,6 +1,6 @@
 """Reading a mapped-ram migration file, as QEMU 9.0 to 10.2 write it, without reading a page."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -28,11 +28,13 @@ from ckptfs.mapped_ram.vmdesc import Vmdesc, vmdescs
 
 MAX_DEVICE_STATE_LENGTH = 1 << 30
 
-# Bitmaps are in the byte order of the host that wrote them; a machine that KVM runs has that of its host.
+# Bitmaps are in the byte order of the host that wrote them. A machine that KVM runs has that of its host, but TCG
+# runs any machine on any host.
 _BIG_ENDIAN_MACHINES = ("s390-ccw-virtio",)
 _BITMAP_CHUNK_LENGTH = 1 << 20
 _RUN_STATE_LENGTH = 32
 _MAX_VMDESCS = 4
+_SAMPLED_PAGES = 64
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,9 @@ class Checkpoint:
     """What a migration stream holds beside its pages.
 
     ``subsections`` are the configuration's, verbatim, without the capabilities. ``setup_sections`` are the
-    early FULL sections (virtio-mem) between the RAM section's START and its next part; ``sections`` the
-    device sections after the RAM section. The device state, ``device_state_length`` bytes at
+    early FULL sections (virtio-mem) between the RAM section's START and its next part; ``setup_extents`` where they
+    and the parts of other iterable sections (s390x) are, offset and length; ``sections`` the device sections after
+    the RAM section. The device state, ``device_state_length`` bytes at
     ``device_state_offset``, is all that follows the RAM section up to and including the vmdesc. If
     ``opaque``, there is device state but its sections could not be told apart, and it is taken to reach to
     the end of the file. ``run_state`` is the source's, as the section globalstate has it ("running",
@@ -58,6 +61,7 @@ class Checkpoint:
     footers: bool
     bitmap_byteorder: Byteorder
     setup_sections: tuple[Section, ...]
+    setup_extents: tuple[tuple[int, int], ...]
     sections: tuple[Section, ...]
     opaque: bool
     device_state_offset: int
@@ -96,7 +100,9 @@ def read_checkpoint(source: Source, stream_offset: int = 0) -> tuple[Checkpoint,
         raise CheckpointError(text, stream_offset)
     ram_section_id = read_ram_start(cursor)
     blocks = read_block_list(cursor, header)
-    bitmaps = {block.idstr: _read_bitmap(source, block, header) for block in blocks if not block.ignored}
+    stored = [block for block in blocks if not block.ignored]
+    byteorder = _bitmap_byteorder(source, header, stored)
+    bitmaps = {block.idstr: _read_bitmap(source, block, byteorder) for block in stored}
     footers = read_ram_start_end(cursor, ram_section_id)
     start = cursor.position
 
@@ -104,8 +110,10 @@ def read_checkpoint(source: Source, stream_offset: int = 0) -> tuple[Checkpoint,
         cursor.position = start
         walker = SectionWalker(cursor, vmdesc, ram_section_id, footers=footers)
         setup_sections = walker.setup_sections()
-        _pass_ram_sections(cursor, ram_section_id, footers=footers)
-        return finish_checkpoint(walker, stream_offset, header, blocks, ram_section_id, setup_sections)
+        _pass_ram_sections(cursor, walker, ram_section_id)
+        return finish_checkpoint(
+            walker, stream_offset, header, blocks, ram_section_id, setup_sections, bitmap_byteorder=byteorder
+        )
 
     return first_sound(vmdescs(source, start), read_with), bitmaps
 
@@ -133,6 +141,8 @@ def finish_checkpoint(
     blocks: tuple[RAMBlock, ...],
     ram_section_id: int,
     setup_sections: tuple[Section, ...],
+    *,
+    bitmap_byteorder: Byteorder = "little",
 ) -> Checkpoint:
     """Read the device state at the walker's cursor, and put everything together."""
     source, vmdesc = walker.cursor.source, walker.vmdesc
@@ -153,8 +163,9 @@ def finish_checkpoint(
         blocks=blocks,
         ram_section_id=ram_section_id,
         footers=walker.footers,
-        bitmap_byteorder=_bitmap_byteorder(header),
+        bitmap_byteorder=bitmap_byteorder,
         setup_sections=setup_sections,
+        setup_extents=tuple(walker.setup_extents),
         sections=sections,
         opaque=opaque,
         device_state_offset=device_state_offset,
@@ -166,11 +177,8 @@ def finish_checkpoint(
 
 
 def read_setup(source: Source, checkpoint: Checkpoint) -> bytes:
-    """The early FULL sections, verbatim."""
-    if not checkpoint.setup_sections:
-        return b""
-    first, last = checkpoint.setup_sections[0], checkpoint.setup_sections[-1]
-    return _read_verbatim(source, first.file_offset, last.file_offset + last.length - first.file_offset)
+    """All other sections that stand inside of the RAM section, verbatim and one after another."""
+    return b"".join(_read_verbatim(source, *extent) for extent in checkpoint.setup_extents)
 
 
 def read_device_state(source: Source, checkpoint: Checkpoint) -> bytes:
@@ -192,7 +200,7 @@ def with_run_state(device_state: bytes, checkpoint: Checkpoint, run_state: str) 
     return device_state[:start] + state + device_state[start + len(state) :]
 
 
-def _read_bitmap(source: Source, block: RAMBlock, header: StreamHeader) -> PagesBitmap:
+def _read_bitmap(source: Source, block: RAMBlock, byteorder: Byteorder) -> PagesBitmap:
     """A block's file_bmap, read in pieces so that the holes of a large one take no memory."""
     assert block.bitmap_offset is not None
     bitmap = PagesBitmap(block.page_count)
@@ -204,17 +212,17 @@ def _read_bitmap(source: Source, block: RAMBlock, header: StreamHeader) -> Pages
             text = f"the file ends inside the bitmap of RAM block {quote_idstr(block.idstr)}"
             raise CheckpointError(text, block.bitmap_offset)
         try:
-            bitmap.load(byte_offset, data, _bitmap_byteorder(header))
+            bitmap.load(byte_offset, data, byteorder)
         except ValueError as error:
             text = f"bitmap of RAM block {quote_idstr(block.idstr)}: {error}"
             raise CheckpointError(text, block.bitmap_offset) from None
     return bitmap
 
 
-def _pass_ram_sections(cursor: Cursor, ram_section_id: int, *, footers: bool) -> None:
-    """Pass over the RAM section's PARTs, which hold nothing in mapped-ram, commands, and its END."""
-    part = encode_ram_section(SectionType.PART, ram_section_id, footers=footers)
-    end = encode_ram_section(SectionType.END, ram_section_id, footers=footers)
+def _pass_ram_sections(cursor: Cursor, walker: SectionWalker, ram_section_id: int) -> None:
+    """Pass over PARTs, which hold nothing of RAM in mapped-ram, commands, and the RAM section's END."""
+    part = encode_ram_section(SectionType.PART, ram_section_id, footers=walker.footers)
+    end = encode_ram_section(SectionType.END, ram_section_id, footers=walker.footers)
     many = part * 512
     while cursor.peek(len(end)) != end:
         if cursor.peek(len(many)) == many:
@@ -224,19 +232,21 @@ def _pass_ram_sections(cursor: Cursor, ram_section_id: int, *, footers: bool) ->
         elif cursor.peek(1) == bytes([SectionType.COMMAND]):
             skip_command(cursor)
         else:
-            _refuse_ram_section(cursor, ram_section_id)
+            _pass_other_part(cursor, walker, ram_section_id)
     cursor.position += len(end)
 
 
-def _refuse_ram_section(cursor: Cursor, ram_section_id: int) -> None:
-    """Say what is wrong with what stands where a PART or END of the RAM section should."""
+def _pass_other_part(cursor: Cursor, walker: SectionWalker, ram_section_id: int) -> None:
+    """Pass over another section's PART, or say what is wrong with what stands where RAM should go on."""
     offset = cursor.position
     section_type = cursor.u8("the RAM section: it was cut short")
     if section_type not in (SectionType.PART, SectionType.END):
         refuse_section(cursor, section_type)
     section_id = cursor.be32("a section header")
     if section_id != ram_section_id:
-        raise CheckpointError(f"section id {section_id} was not started", offset)
+        cursor.position = offset
+        walker.part_of_another()
+        return
     flags = cursor.be64("the RAM section")
     if flags != RAM_EOS:
         raise CheckpointError(f"Unexpected RAM flags {flags:#x} in a mapped-ram stream", offset + 5)
@@ -280,8 +290,36 @@ def _read_verbatim(source: Source, file_offset: int, length: int) -> bytes:
     return data
 
 
-def _bitmap_byteorder(header: StreamHeader) -> Byteorder:
-    return "big" if header.machine.startswith(_BIG_ENDIAN_MACHINES) else "little"
+def _bitmap_byteorder(source: Source, header: StreamHeader, blocks: Sequence[RAMBlock]) -> Byteorder:
+    """The byte order of the bitmaps' words: that of the host, which the file does not name but shows.
+
+    QEMU sets the bit of a page when it writes one that is not zeros. So where the two orders differ, the right one
+    has content below its bits. Only machines that may come from a big-endian host are in question.
+    """
+    if not header.machine.startswith(_BIG_ENDIAN_MACHINES):
+        return "little"
+    big = little = 0
+    for block in blocks:
+        try:
+            as_big = _read_bitmap(source, block, "big")
+        except CheckpointError:  # a bit past the last page
+            return "little"
+        try:
+            as_little = _read_bitmap(source, block, "little")
+        except CheckpointError:
+            return "big"
+        big += _pages_with_content(source, block, as_big.difference(as_little))
+        little += _pages_with_content(source, block, as_little.difference(as_big))
+    return "little" if little > big else "big"
+
+
+def _pages_with_content(source: Source, block: RAMBlock, pages: PagesBitmap) -> int:
+    """How many of the first ones of these pages are not zeros in the file."""
+    assert block.pages_offset is not None
+    count = 0
+    for run in islice(pages.runs(), _SAMPLED_PAGES):
+        count += any(source.pread(block.pages_offset + run.start * block.page_size, block.page_size))
+    return count
 
 
 __all__ = [

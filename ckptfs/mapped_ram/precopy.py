@@ -112,19 +112,19 @@ def read_precopy(source: Source, stream_offset: int = 0) -> PrecopyStream:
     footers = read_ram_start_end(cursor, ram_section_id)
     setup_offset = cursor.position
     has_setup = cursor.peek(1) == bytes([SectionType.FULL])
-    vmdesc = last_vmdesc(source, setup_offset) if has_setup else None
-    SectionWalker(cursor, vmdesc, ram_section_id, footers=footers).setup_sections()
+    early = last_vmdesc(source, setup_offset) if has_setup else None
+    walker = SectionWalker(cursor, early, ram_section_id, footers=footers)
+    setup_sections = walker.setup_sections()
     index = _PageIndex(source, blocks, header.page_size)
-    ram_stop = index.read_ram_sections(cursor.position, ram_section_id, footers=footers)
+    ram_stop = index.read_ram_sections(walker, ram_section_id)
 
     def read_with(vmdesc: Vmdesc | None) -> Checkpoint:
-        cursor.position = setup_offset
-        walker = SectionWalker(cursor, vmdesc, ram_section_id, footers=footers)
-        setup_sections = walker.setup_sections()
         cursor.position = ram_stop
-        return finish_checkpoint(walker, stream_offset, header, blocks, ram_section_id, setup_sections)
+        described = walker if early is not None else walker.described_by(vmdesc)
+        return finish_checkpoint(described, stream_offset, header, blocks, ram_section_id, setup_sections)
 
-    return PrecopyStream(first_sound(vmdescs(source, ram_stop), read_with), index.page_offsets)
+    candidates = vmdescs(source, ram_stop) if early is None else [early]
+    return PrecopyStream(first_sound(candidates, read_with), index.page_offsets)
 
 
 def vmstate_stream(
@@ -206,15 +206,15 @@ class _PageIndex:
         self._offsets = np.empty(0, np.uint64)
         self._cursor = Cursor(source, 0, _CHUNK_LENGTH)
 
-    def read_ram_sections(self, file_offset: int, ram_section_id: int, *, footers: bool) -> int:
-        """Index everything up to and including the RAM section's END, and tell where that ends.
+    def read_ram_sections(self, walker: SectionWalker, ram_section_id: int) -> int:
+        """Index everything from the walker's position up to the RAM section's END, and tell where that ends.
 
         A stream that QEMU wrote with background-snapshot has no END: it ends where the device state begins
         (bg_migration_thread in migration/migration.c, 6.0 to 10.2).
         """
         cursor = self._cursor
-        cursor.position = file_offset
-        footer = encode_footer(ram_section_id, footers=footers)
+        cursor.position = walker.cursor.position
+        footer = encode_footer(ram_section_id, footers=walker.footers)
         section_type = None
         while section_type != SectionType.END:
             offset = cursor.position
@@ -229,7 +229,10 @@ class _PageIndex:
                 refuse_section(cursor, section_type)
             section_id = cursor.be32("a section header")
             if section_id != ram_section_id:
-                raise CheckpointError(f"section id {section_id} was not started", offset)
+                walker.cursor.position = offset
+                walker.part_of_another()
+                cursor.position, section_type = walker.cursor.position, None
+                continue
             self._index_records()
             if cursor.take(len(footer), "a footer") != footer:
                 text = "the footer of a RAM section is missing or has another section id"

@@ -5,6 +5,7 @@ after the payload. The vmdesc proposes, and the footer with what follows it conf
 missing or wrong, all places where the footer could be are tried. Payload bytes are not kept.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,12 +47,37 @@ class Section:
     payload_length: int
 
 
+_STATTR_EOS, _STATTR_MORE, _STATTR_DONE = 1, 2, 8
+
+
+def _pass_storage_attributes(cursor: Cursor) -> None:
+    """Pass over storage attributes: records of one byte a page, up to EOS (hw/s390x/s390-stattrib.c, 10.0)."""
+    what = "the storage attributes"
+    while True:
+        offset = cursor.position
+        flags = cursor.be64(what) % 4096
+        if flags == _STATTR_EOS:
+            return
+        if flags == _STATTR_MORE:
+            cursor.skip(cursor.be64(what), what)
+        elif flags != _STATTR_DONE:
+            raise CheckpointError(f"storage attributes: unexpected flags {flags:#x}", offset)
+
+
+_ITERABLE: dict[str, Callable[[Cursor], None]] = {"s390-storage_attributes": _pass_storage_attributes}
+"""Iterable sections other than the RAM's, and what passes over a payload of theirs."""
+
+
 class OpaqueSectionError(Exception):
     """A section's end cannot be told. Never leaves this package."""
 
 
 class SectionWalker:
-    """Walks FULL sections at a cursor, checking each against the vmdesc and its footer."""
+    """Walks sections at a cursor: FULL ones are checked against the vmdesc and their footers.
+
+    Iterable sections are those of `_ITERABLE`, whose payloads tell their own ends. ``setup_extents`` is where all
+    that stands between the RAM section's START and its END lies, but for that section itself: offset and length.
+    """
 
     def __init__(self, cursor: Cursor, vmdesc: Vmdesc | None, ram_section_id: int, *, footers: bool) -> None:
         self.cursor = cursor
@@ -62,17 +88,60 @@ class SectionWalker:
         self._devices: list[Device] = [] if vmdesc is None else vmdesc.devices()
         self._next_device = 0
         self._scan: _FooterScan | None = None
+        self._iterable: dict[int, Callable[[Cursor], None]] = {}
+        self.setup_extents: list[tuple[int, int]] = []
+
+    def described_by(self, vmdesc: Vmdesc | None) -> "SectionWalker":
+        """A walker that goes on from here with this vmdesc; none of its devices has been passed yet."""
+        other = SectionWalker(self.cursor, vmdesc, self._ram_section_id, footers=self.footers)
+        other._section_ids = set(self._section_ids)
+        other._iterable = dict(self._iterable)
+        other.setup_extents = list(self.setup_extents)
+        return other
 
     def setup_sections(self) -> tuple[Section, ...]:
-        """Pass over early FULL sections; their ends must be known, since the RAM section goes on after them."""
+        """Pass over early sections, return the FULL ones; their ends must be known, as RAM goes on after them."""
         sections: list[Section] = []
-        while self.cursor.peek(1) == bytes([SectionType.FULL]):
+        while (kind := self.cursor.peek(1)) in (bytes([SectionType.FULL]), bytes([SectionType.START])):
             offset = self.cursor.position
+            if kind == bytes([SectionType.START]):
+                self._start_iterable()
+                continue
             try:
                 sections.append(self._full_section())
             except OpaqueSectionError:
                 raise CheckpointError("an early section's end cannot be told without a vmdesc", offset) from None
+            self.setup_extents.append((offset, self.cursor.position - offset))
         return tuple(sections)
+
+    def _start_iterable(self) -> None:
+        """Pass over the START of an iterable section other than the RAM's."""
+        offset = self.cursor.position
+        header = read_section_header(self.cursor)
+        if header.idstr not in _ITERABLE or header.section_id in self._section_ids:
+            self.cursor.position = offset + 1
+            refuse_section(self.cursor, SectionType.START)
+        self._section_ids.add(header.section_id)
+        self._iterable[header.section_id] = _ITERABLE[header.idstr]
+        self._pass_iterable(header.section_id, offset)
+        self.setup_extents.append((offset, self.cursor.position - offset))
+
+    def part_of_another(self) -> None:
+        """Pass over a PART or END that is no RAM section's. Raises CheckpointError if nothing has started it."""
+        offset = self.cursor.position
+        section_type = self.cursor.u8("a section header")
+        section_id = self.cursor.be32("a section header")
+        if section_id not in self._iterable:
+            raise CheckpointError(f"section id {section_id} was not started", offset)
+        self._pass_iterable(section_id, offset)
+        if section_type == SectionType.PART:
+            self.setup_extents.append((offset, self.cursor.position - offset))
+
+    def _pass_iterable(self, section_id: int, offset: int) -> None:
+        self._iterable[section_id](self.cursor)
+        footer = encode_footer(section_id, footers=self.footers)
+        if self.cursor.take(len(footer), "a footer") != footer:
+            raise CheckpointError(f"the footer of section {section_id} is missing or has another id", offset)
 
     def device_state(self) -> tuple[Section, ...]:
         """Pass over everything after the RAM section, up to and including EOF and VMDESCRIPTION.
@@ -90,6 +159,9 @@ class SectionWalker:
                 case SectionType.COMMAND:
                     self.cursor.position -= 1
                     skip_command(self.cursor)
+                case SectionType.END if self._iterable:
+                    self.cursor.position -= 1
+                    self.part_of_another()
                 case other:
                     refuse_section(self.cursor, other)
         if self._next_device < len(self._devices):
@@ -169,7 +241,7 @@ class SectionWalker:
                     return file_offset + 1 == self.vmdesc.file_offset
                 return len(data) == 1 or data[1] == SectionType.VMDESCRIPTION or anything_after_end
             case SectionType.PART | SectionType.END:
-                return int.from_bytes(data[1:5]) == self._ram_section_id
+                return int.from_bytes(data[1:5]) in (self._ram_section_id, *self._iterable)
             case SectionType.FULL:
                 return self._may_be_next(parse_section_header(data, file_offset))
             case SectionType.COMMAND:
