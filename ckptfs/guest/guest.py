@@ -8,7 +8,7 @@ no other code path: saving a half-restored guest is the same as saving a fresh o
 import contextlib
 import errno
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import Final, Protocol
 
@@ -89,12 +89,12 @@ class Guest:
         self, settings: Settings | None = None, machines: Machines | None = None, *, read_only: bool = False
     ) -> None:
         """A guest without any RAM yet."""
-        self.blocks: Final[dict[str, GuestBlock]] = {}
         self.settings: Final = settings or Settings()
         self.machines: Final = machines or Machines()
         self.migrations: Final = Migrations()
         self.readers: Final = Readers()
         self.read_only: Final = read_only
+        self._blocks: dict[str, GuestBlock] = {}
         self._page_size = PAGE_SIZE
         self._base: Base | None = None
         self._restored = False
@@ -117,6 +117,11 @@ class Guest:
         guest = cls()
         guest.fill(base)
         return guest
+
+    @property
+    def blocks(self) -> Mapping[str, GuestBlock]:
+        """Its RAM blocks by idstr, in the order in which they came."""
+        return self._blocks
 
     @property
     def base(self) -> Base | None:
@@ -157,7 +162,7 @@ class Guest:
         self._page_size = page_size
         self._base = base
         self.note_direct_io(base.path, base.direct_io)
-        self.blocks.update(blocks)
+        self._blocks.update(blocks)
 
     def refuse_filled(self) -> None:
         """Only an empty guest can be filled from a checkpoint."""
@@ -167,7 +172,7 @@ class Guest:
     def add_block(self, idstr: str, used_length: int) -> None:
         """Give a fresh guest one more RAM block, of zero pages; of no pages until `give_size` if need be."""
         self._refuse_fixed(idstr)
-        self.blocks[idstr] = GuestBlock(idstr, self._page_count(idstr, used_length), self.page_size)
+        self._blocks[idstr] = GuestBlock(idstr, self._page_count(idstr, used_length), self.page_size)
 
     def give_size(self, idstr: str, used_length: int, *, in_use: bool) -> None:
         """Give a block of a fresh guest its size in bytes, once and for good.
@@ -355,7 +360,7 @@ class Guest:
                 dropped += self.blocks[idstr].rebase(frozen, base.blocks[idstr], keep_restored=self.restored)
             else:
                 # its file, if it has one, shows from now on what the machine had
-                block = self.blocks.setdefault(idstr, fresh[idstr])
+                block = self._blocks.setdefault(idstr, fresh[idstr])
                 dropped += block.replace(frozen, fresh[idstr], base.blocks[idstr], keep_restored=self.restored)
         self._base = base
         await close_layers(dropped)

@@ -196,11 +196,12 @@ def test_prefetch_warms_what_it_is_told_to(mount: Mount, tmp_path: Path) -> None
     assert mounted.status()["read-pages"] == 4096
 
 
-def test_reset_drops_what_was_written(mount: Mount, tmp_path: Path) -> None:
+@pytest.mark.parametrize("access", [os.O_WRONLY, os.O_RDWR], ids=["O_WRONLY", "O_RDWR"])
+def test_reset_drops_what_was_written(access: int, mount: Mount, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
     MigrationFile(blocks=[Block("pc.ram", 16, {0: b"golden"})]).write(path)
     mounted = mount(path)
-    with (mounted.ram / "pc.ram").open("r+b", buffering=0) as file:
+    with open(os.open(mounted.ram / "pc.ram", access), "wb", buffering=0) as file:
         file.write(b"written" + bytes(8185))  # whole pages, which the kernel keeps
         with pytest.raises(OSError, match="open for writing") as caught:
             mounted.ctl("reset")
