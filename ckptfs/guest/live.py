@@ -12,7 +12,7 @@ from ckptfs.mapped_ram.layout import Image, image_of
 from ckptfs.mapped_ram.precopy import PrecopyStream, read_precopy
 from ckptfs.mapped_ram.ramblock import RAMBlock
 from ckptfs.mapped_ram.stream import BytesSource
-from ckptfs.qemu.live import Capture
+from ckptfs.qemu.capture.mounted import Capture
 
 
 def compose(capture: Capture[Epoch], blocks: Collection[str]) -> tuple[Epoch, Image]:

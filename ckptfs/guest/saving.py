@@ -32,7 +32,7 @@ from ckptfs.migration.address import FileMigrationArgs, SeekableAddress
 from ckptfs.migration.ratelimit import RateLimit
 from ckptfs.migration.status import MigrationStatus
 from ckptfs.qemu.backends import check_backends
-from ckptfs.qemu.live import capture
+from ckptfs.qemu.capture.mounted import capture
 
 log = logging.getLogger(__name__)
 

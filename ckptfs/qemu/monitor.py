@@ -7,12 +7,13 @@ import errno
 import logging
 import socket
 import threading
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import trio
-from qemu.qmp import ConnectError, ExecuteError, QMPClient, QMPError
+from qemu.qmp import ConnectError, EventListener, ExecuteError, Message, QMPClient, QMPError
 
 from ckptfs.channels.identity import Identity
 from ckptfs.errors import QemuError
@@ -31,16 +32,57 @@ _START_OR_LET_GO = ": start QEMU with it as its -qmp, or let go of it with `qmp 
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
 
 
+@dataclass(frozen=True)
+class Event:
+    """What QEMU told unasked: STOP, RESUME, RESET, MIGRATION ...; ``at`` is in seconds, by its host's clock."""
+
+    name: str
+    data: dict[str, Any]
+    at: float
+
+
 class Monitor:
     """One QMP connection, within `connected`. Methods raise QemuError, naming the command.
 
-    ``deadline`` is the time in seconds that QEMU has for the next answer.
+    ``deadline`` is the time in seconds that QEMU has for the next answer. ``events`` are all that were heard, in
+    their order; whatever had happened before QEMU answered is in it when the answer is here. ``lost`` says that
+    the connection broke.
     """
 
     def __init__(self, client: QMPClient, loop: asyncio.AbstractEventLoop, deadline: float) -> None:
         self._client = client
         self._loop = loop
+        self._alerted: trio.CancelScope | None = None
         self.deadline = deadline
+        self.events: list[Event] = []
+        self.lost = False
+        trio_token = trio.lowlevel.current_trio_token()
+        # what is told to trio's thread keeps its order: events before the answers that they came before
+        client.register_listener(_Listener(lambda event: _tell(trio_token, self._note_event, event)))
+        self._watch = asyncio.run_coroutine_threadsafe(
+            _watch(client, lambda: _tell(trio_token, self._note_loss)), loop
+        )
+
+    def _note_event(self, event: Event) -> None:
+        self.events.append(event)
+        self._alert()
+
+    def _note_loss(self) -> None:
+        self.lost = True
+        self._alert()
+
+    def _alert(self) -> None:
+        if self._alerted is not None:
+            self._alerted.cancel()
+
+    @contextmanager
+    def alerting(self, scope: trio.CancelScope) -> Iterator[None]:
+        """Within this, the next event and the loss of the connection cancel ``scope``."""
+        self._alerted = scope
+        try:
+            yield
+        finally:
+            self._alerted = None
 
     async def execute(self, command: str, **arguments: Any) -> Any:
         """Run a QMP command; ``_`` in the names of arguments stands for ``-``."""
@@ -86,6 +128,34 @@ async def connected(path: str, identity: Identity, deadline: float = DEADLINE) -
         finally:
             with trio.move_on_after(deadline, shield=True):
                 await _run_in(loop, _disconnect(client))
+
+
+class _Listener(EventListener):
+    """Has each event handed on as it comes, in the library's thread."""
+
+    def __init__(self, hand_on: Callable[[Event], None]) -> None:
+        super().__init__()
+        self._hand_on = hand_on
+
+    async def put(self, event: Message) -> None:
+        told: dict[str, Any] = dict(event)
+        try:
+            at = told["timestamp"]["seconds"] + told["timestamp"]["microseconds"] / 1e6
+            heard = Event(told["event"], dict(told.get("data", {})), at)
+        except (LookupError, TypeError, ValueError) as error:
+            raise EOFError("what calls itself an event is none") from error
+        self._hand_on(heard)
+
+
+async def _watch(client: QMPClient, tell: Callable[[], None]) -> None:
+    """Tell when the connection is no longer what it is now."""
+    await client.runstate_changed()
+    tell()
+
+
+def _tell(trio_token: trio.lowlevel.TrioToken, function: Callable[..., None], *arguments: object) -> None:
+    with contextlib.suppress(trio.RunFinishedError):
+        trio_token.run_sync_soon(function, *arguments)
 
 
 async def _greet(

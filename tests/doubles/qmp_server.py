@@ -15,14 +15,13 @@ import contextlib
 import json
 import os
 import socket
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import trio
-
-from tests.qemu.qmp import Qmp, QmpError
 
 GREETING = b'{"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10}}, "capabilities": []}}\r\n'
 
@@ -57,8 +56,14 @@ async def refuse(command: str) -> None:
     raise RefusalError("told to refuse")
 
 
+Emit = Callable[[str, dict[str, Any]], Awaitable[None]]
+"""Sends an event, by its name and data."""
+
+
 class Machine(Protocol):
-    """Whatever answers commands."""
+    """Whatever answers commands; the server says how to emit events."""
+
+    emit: Emit
 
     async def answer(self, command: str, arguments: dict[str, Any], fd: int | None) -> Any:
         """Return the command's result, or raise RefusalError; `fd` came with it, and is the machine's now."""
@@ -72,6 +77,9 @@ class QmpServer:
         self.commands: list[str] = []
         self._machine = machine
         self._fds: list[int] = []
+        self._client: trio.socket.SocketType | None = None
+        self._sending = trio.Lock()
+        machine.emit = self._emit
 
     async def serve(self, listener: trio.socket.SocketType) -> None:
         """Serve one client after the other, for ever."""
@@ -80,6 +88,7 @@ class QmpServer:
             with connection:
                 with contextlib.suppress(HangUpError, ConnectionError):
                     await self._session(connection)
+                self._client = None
                 for fd in self._fds:
                     os.close(fd)
                 self._fds.clear()
@@ -87,6 +96,7 @@ class QmpServer:
     async def _session(self, connection: trio.socket.SocketType) -> None:
         await self._fault(connection, "greeting")
         await _send(connection, GREETING)
+        self._client = connection
         received = ""
         while data := await self._receive(connection):
             received = (received + data.decode()).lstrip()
@@ -94,7 +104,18 @@ class QmpServer:
                 while received:
                     request, end = json.JSONDecoder().raw_decode(received)
                     received = received[end:].lstrip()
-                    await _send(connection, await self._reply(connection, request))
+                    reply = await self._reply(connection, request)
+                    async with self._sending:
+                        await _send(connection, reply)
+
+    async def _emit(self, name: str, data: dict[str, Any]) -> None:
+        """Tell the client, if there is one, of an event."""
+        event = {"event": name, "data": data, "timestamp": {"seconds": int(time.time()), "microseconds": 0}}
+        async with self._sending:
+            if self._client is None:
+                return
+            with contextlib.suppress(OSError):
+                await _send(self._client, json.dumps(event).encode() + b"\r\n")
 
     async def _reply(self, connection: trio.socket.SocketType, request: dict[str, Any]) -> bytes:
         command = request["execute"]
@@ -156,17 +177,21 @@ class FakeQemu:
     `broken_off` makes a migration fail in the middle, `stalled` has it stay there until it is cancelled.
     """
 
+    emit: Emit
+
     def __init__(self, nursery: trio.Nursery, run_state: str = "running", stream: bytes = b"device state") -> None:
         self.run_state = run_state
         self.stream = stream
         self.broken_off = False
         self.stalled = False
         self.half_sent = trio.Event()
-        self.capabilities = dict.fromkeys(("xbzrle", "events", "multifd", "x-ignore-shared", "mapped-ram"), False)
+        names = ("xbzrle", "events", "pause-before-switchover", "multifd", "x-ignore-shared", "mapped-ram")
+        self.capabilities = dict.fromkeys(names, False)
         self.parameters: dict[str, Any] = {"max-bandwidth": 128 << 20, "tls-creds": "", "mode": "normal"}
         self.migration: dict[str, Any] = {}
         self.descriptors: dict[str, int] = {}
         self._cancelled = trio.Event()
+        self._goes_on = trio.Event()
         self._nursery = nursery
 
     async def answer(self, command: str, arguments: dict[str, Any], fd: int | None) -> Any:
@@ -175,9 +200,13 @@ class FakeQemu:
             case "query-status":
                 return {"status": self.run_state, "running": self.run_state == "running"}
             case "stop":
-                self.run_state = "paused" if self.run_state == "running" else self.run_state
+                if self.run_state == "running":
+                    self.run_state = "paused"
+                    await self.emit("STOP", {})
             case "cont":
-                self.run_state = "running"
+                if self.run_state == "finish-migrate":
+                    raise RefusalError("Migration is not finalized yet")
+                await self._run()
             case "query-migrate-capabilities":
                 return [{"capability": name, "state": state} for name, state in self.capabilities.items()]
             case "query-migrate-parameters":
@@ -194,8 +223,13 @@ class FakeQemu:
                 os.close(self._take(arguments["fdname"]))
             case "migrate":
                 self._nursery.start_soon(self._migrate, self._take(arguments["uri"].removeprefix("fd:")))
+            case "migrate-continue":
+                if self.migration != {"status": "pre-switchover"}:
+                    raise RefusalError(f"Migration not in expected state: {self.migration['status']}")
+                self._goes_on.set()
             case "migrate_cancel":
                 self._cancelled.set()
+                self._goes_on.set()
             case "query-migrate":
                 return self.migration
             case _:
@@ -212,35 +246,71 @@ class FakeQemu:
             raise RefusalError(f"File descriptor named '{name}' not found")
         return self.descriptors.pop(name)
 
+    async def _run(self) -> None:
+        if self.run_state != "running":
+            self.run_state = "running"
+            await self.emit("RESUME", {})
+
+    async def _set_status(self, status: str, **more: str) -> None:
+        self.migration = {"status": status, **more}
+        if self.capabilities["events"]:
+            await self.emit("MIGRATION", {"status": status})
+
     async def _migrate(self, fd: int) -> None:
-        self.migration = {"status": "active"}
         self._cancelled = trio.Event()
+        self._goes_on = trio.Event()
         half = len(self.stream) // 2
         async with trio.lowlevel.FdStream(fd) as pipe:
+            await self._set_status("active")
+            found = self.run_state
+            if found == "running":
+                await self.emit("STOP", {})
+            self.run_state = "finish-migrate"
             try:
                 await pipe.send_all(self.stream[:half])
                 self.half_sent.set()
                 if self.stalled:
                     await self._cancelled.wait()
+                if self.capabilities["pause-before-switchover"] and not self._cancelled.is_set():
+                    await self._set_status("pre-switchover")
+                    await self._goes_on.wait()
                 if not self.broken_off and not self._cancelled.is_set():
                     await pipe.send_all(self.stream[half:])
             except trio.BrokenResourceError:
                 self.broken_off = True
             if self._cancelled.is_set():
-                self.migration = {"status": "cancelled"}
+                await self._set_status("cancelled")
             elif self.broken_off:
-                self.migration = {"status": "failed", "error-desc": "told to fail"}
+                await self._set_status("failed", **{"error-desc": "told to fail"})
             else:
+                await self._set_status("completed")
                 self.run_state = "postmigrate"
-                self.migration = {"status": "completed"}
+                return
+            self.run_state = "paused" if found == "running" else found
+            if found == "running":
+                await self._run()
 
 
 class Relay:
-    """Stock QEMU, at the other end of `connection`."""
+    """Stock QEMU, at the other end of `connection`; its events are passed on as they come, by `pass_events`."""
+
+    emit: Emit
 
     def __init__(self, connection: trio.socket.SocketType) -> None:
         self._connection = connection
-        self.qmp = Qmp(trio.SocketStream(connection))
+        self._lines, self._answers = trio.open_memory_channel[dict[str, Any]](1)
+
+    async def pass_events(self) -> None:
+        """Tell events from answers, until QEMU ends."""
+        received = b""
+        with self._lines:
+            while data := await _received(self._connection):
+                *lines, received = (received + data).split(b"\n")
+                for message in map(json.loads, lines):
+                    if "event" in message:
+                        await self.emit(message["event"], message.get("data", {}))
+                    elif "QMP" not in message:
+                        await self._lines.send(message)
 
     async def answer(self, command: str, arguments: dict[str, Any], fd: int | None) -> Any:
         if fd is not None:
@@ -248,11 +318,19 @@ class Relay:
             await self._connection.sendmsg([b" "], rights)
             os.close(fd)
         try:
-            return await self.qmp.execute(command, **arguments)
-        except QmpError as error:
-            raise RefusalError(str(error).removeprefix(f"{command}: ")) from error
-        except EOFError:
+            await _send(self._connection, json.dumps({"execute": command, "arguments": arguments}).encode())
+            answer = await self._answers.receive()
+        except (OSError, trio.EndOfChannel):
             raise HangUpError from None
+        if "error" in answer:
+            raise RefusalError(answer["error"]["desc"])
+        return answer["return"]
+
+
+async def _received(connection: trio.socket.SocketType) -> bytes:
+    with contextlib.suppress(ConnectionError):
+        return await connection.recv(1 << 16)
+    return b""
 
 
 @asynccontextmanager
@@ -261,6 +339,8 @@ async def relayed(qmp_path: Path, path: Path) -> AsyncIterator[QmpServer]:
     with trio.socket.socket(socket.AF_UNIX) as connection:
         await connection.connect(str(qmp_path))
         relay = Relay(connection)
-        await relay.qmp.greet()
-        async with served(relay, path) as server:
+        async with served(relay, path) as server, trio.open_nursery() as nursery:
+            nursery.start_soon(relay.pass_events)
+            await relay.answer("qmp_capabilities", {}, None)
             yield server
+            nursery.cancel_scope.cancel()

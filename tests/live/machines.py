@@ -15,6 +15,7 @@ from tests.mount.decode import decode
 from tests.mount.harness import Mounted
 from tests.qemu.guest import Guest
 from tests.qemu.machine import VGA_AND_RNG, Qemu
+from tests.qemu.stepper import Stepper
 
 MANY_DEVICES = (
     *VGA_AND_RNG,
@@ -48,19 +49,21 @@ class Machine:
         """The argument of -m."""
         return f"{sum(size for _, size in self.backends)}M"
 
-    def on(self, ram: Path, guest: Guest, *arguments: str, share: str = "share=on", **how: Any) -> Qemu:
+    def on(self, ram: Path, guest: Guest | Stepper, *arguments: str, share: str = "share=on", **how: Any) -> Qemu:
         """This machine with its RAM in the files of `ram`; `arguments` and `how` go to Qemu."""
         kinds = {name: f"memory-backend-file,mem-path={ram / name},{share}" for name, _ in self.backends}
         return self._with(kinds, guest, *arguments, **how)
 
-    def anonymous(self, guest: Guest, *arguments: str, incoming: str | None = "defer", **how: Any) -> Qemu:
+    def anonymous(
+        self, guest: Guest | Stepper, *arguments: str, incoming: str | None = "defer", **how: Any
+    ) -> Qemu:
         """This machine as anybody has it, its RAM on no mount."""
         how["incoming"] = incoming
         if len(self.backends) == 1:
             return Qemu(guest, *self.devices, *arguments, machine=self.type, memory=self.memory, **how)
         return self._with({name: "memory-backend-ram" for name, _ in self.backends}, guest, *arguments, **how)
 
-    def _with(self, kinds: dict[str, str], guest: Guest, *arguments: str, **how: Any) -> Qemu:
+    def _with(self, kinds: dict[str, str], guest: Guest | Stepper, *arguments: str, **how: Any) -> Qemu:
         objects = []
         for name, size in self.backends:
             objects += ["-object", f"{kinds[name]},id={name},size={size}M"]

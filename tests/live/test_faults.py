@@ -29,7 +29,7 @@ BEFORE_THE_STOP = [
     "getfd",
     "stop",
 ]
-AFTER_THE_STOP = ["migrate", "query-migrate"]
+AFTER_THE_STOP = ["migrate", "migrate-continue", "query-migrate"]
 NVME = ("-blockdev", "null-co,node-name=ssd", "-device", "nvme,drive=ssd,serial=1")
 
 
@@ -130,16 +130,20 @@ async def test_the_connection_breaks(guest: Running, tmp_path: Path) -> None:
     async with monitored(guest, tmp_path) as server:
         for command in [*BEFORE_THE_STOP, *AFTER_THE_STOP]:
             server.faults = {command: hang_up}
-            stopped = "; if QEMU still runs, its guest is stopped" if command in ("stop", "migrate") else ""
+            stopped = "; if QEMU still runs, its guest is stopped" if command in ("stop", *AFTER_THE_STOP) else ""
             await guest.fails(f"{command}: the connection to QEMU broke{stopped}", errno.EPIPE)
             assert "lost" in guest.mounted.status()["qmp"]
-            if command == "migrate":
+            if command in AFTER_THE_STOP:
+                await guest.vm.qmp("migrate_cancel")
+                await guest.vm.migration_ended()
                 await guest.vm.cont()
     await guest.goes_on()
     await guest.can_be_saved()
 
 
-@pytest.mark.parametrize("command", ["query-status", "getfd", "stop", "migrate", "query-migrate"])
+@pytest.mark.parametrize(
+    "command", ["query-status", "getfd", "stop", "migrate", "migrate-continue", "query-migrate"]
+)
 async def test_qemu_is_killed(command: str, checkpoints: LiveCheckpoints, mount: Mount, tmp_path: Path) -> None:
     async with running(checkpoints, mount, tmp_path) as guest, monitored(guest, tmp_path) as server:
 
@@ -147,7 +151,7 @@ async def test_qemu_is_killed(command: str, checkpoints: LiveCheckpoints, mount:
             os.kill(guest.vm.pid, signal.SIGKILL)
 
         server.faults = {command: kill}
-        if command in ("getfd", "stop", "migrate", "query-migrate"):
+        if command in ("stop", *AFTER_THE_STOP):
             guest.mounted.expect_log("migration settings could not be put back as they were")
         await guest.fails(f"{command}: the connection to QEMU broke", errno.EPIPE)
     await assert_starts_again(guest, checkpoints.live(SMALL).guest)
@@ -269,9 +273,7 @@ async def test_another_migration_is_running(guest: Running, tmp_path: Path) -> N
     await guest.vm.qmp("migrate", uri=f"file:{tmp_path / 'elsewhere'}")
     await guest.fails("QEMU refused migrate-set-capabilities: There's a migration process in progress")
     await guest.vm.qmp("migrate_cancel")
-    with trio.fail_after(20):
-        while (await guest.vm.qmp("query-migrate"))["status"] != "cancelled":
-            await trio.lowlevel.checkpoint()
+    await guest.vm.migration_ended()
     assert not await was_stopped(guest.vm)
     await guest.can_be_saved()
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 CACHE = Path(__file__).parents[2] / ".cache" / "guest"
+KERNEL_COMMAND_LINE = "console=ttyS0 quiet cryptomgr.notests panic=-1"
 BLOB_LENGTH = 8 << 20  # hashed in 0.1 s under TCG
 
 # The kernel hands unknown NAME=VALUE words of its command line to init as environment variables.
@@ -80,6 +81,11 @@ class Guest:
     kernel: Path
     initrd: Path
     blob_md5: str
+
+    def boot(self, append: str) -> list[str]:
+        """QEMU's arguments; `append` are further words for the kernel's command line."""
+        command_line = f"{KERNEL_COMMAND_LINE} {append}"
+        return ["-kernel", str(self.kernel), "-initrd", str(self.initrd), "-append", command_line]
 
 
 def build_guest(directory: Path) -> Guest:

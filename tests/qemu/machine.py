@@ -29,14 +29,13 @@ import trio
 
 from tests.qemu.guest import Guest
 from tests.qemu.qmp import Qmp
+from tests.qemu.stepper import Stepper
 
 DEADLINE = 60.0
 """Seconds; a boot takes about three. Narrow it with trio.fail_after."""
 
 VGA_AND_RNG = ("-vga", "std", "-device", "virtio-rng-pci")
 """Devices that bring RAM blocks of their own (vga.vram, vga.rom) and virtio state into a checkpoint."""
-
-KERNEL_COMMAND_LINE = "console=ttyS0 quiet cryptomgr.notests panic=-1"
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Qemu:
 
     def __init__(
         self,
-        guest: Guest,
+        guest: Guest | Stepper,
         *arguments: str,
         memory: str = "128M",
         machine: str = "pc",
@@ -85,8 +84,7 @@ class Qemu:
         self._command = [
             *map(str, program), "-accel", "tcg,thread=single", "-nodefaults", "-no-user-config",
             "-display", "none", "-no-reboot", "-machine", machine, "-m", memory,
-            "-kernel", str(guest.kernel), "-initrd", str(guest.initrd),
-            "-append", f"{KERNEL_COMMAND_LINE} {append}",
+            *guest.boot(append),
             "-serial", "stdio", "-qmp", f"unix:{self.qmp_path},server=on,wait=off",
             *arguments,
         ]  # fmt: skip
@@ -163,6 +161,10 @@ class Qemu:
         with trio.fail_after(DEADLINE):
             return await self._qmp.wait_event(name)
 
+    def forget_events(self, name: str) -> None:
+        """Drop the events `name` that came before the last answer."""
+        self._qmp.forget_events(name)
+
     async def stop(self) -> None:
         """Pause the guest."""
         await self.qmp("stop")
@@ -204,6 +206,11 @@ class Qemu:
                 if not alive:
                     raise EOFError(f"QEMU ended before its guest printed {pattern!r}")
                 await trio.lowlevel.wait_readable(self._serial_fd)
+
+    def forget_serial(self) -> None:
+        """What the guest has printed by now is not waited for any more."""
+        self._read_serial()
+        self._matched = len(self.serial)
 
     async def tick(self) -> int:
         """Wait for the guest's next tick, see that its blob is whole, and return the tick's number."""
@@ -287,6 +294,17 @@ class Qemu:
         if status != "completed":
             raise RuntimeError(f"migration {status}: {result.get('error-desc', 'no reason given')}")
         return result
+
+    async def migration_ended(self) -> None:
+        """Wait until no migration runs, whoever began it."""
+        with trio.fail_after(DEADLINE):
+            while (await self.qmp("query-migrate")).get("status", "none") not in (
+                "none",
+                "completed",
+                "failed",
+                "cancelled",
+            ):
+                await trio.lowlevel.checkpoint()
 
     # --- what is in its memory -----------------------------------------------------------------------------
 

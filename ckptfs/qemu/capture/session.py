@@ -1,0 +1,354 @@
+"""What every capture shares: QEMU's settings, its stream through a pipe, the pause, and the others.
+
+Others command the same machine: libvirt, a person at a monitor, gdb. None of them asks us, and all may come at any
+moment. So nothing here is remembered that QEMU can tell: its events say what happened, in their order, and what was
+changed is put back only where it is still as we set it.
+
+QEMU's stream comes through a pipe. QEMU closes its end when the migration is over, whichever way
+(migration/migration.c, migration_cleanup): so its end of file is awaited, and no event.
+"""
+
+import contextlib
+import errno
+import fcntl
+import logging
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Iterable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from ckptfs.errors import CkptfsError, QemuError, StateError
+
+if TYPE_CHECKING:
+    from ckptfs.qemu.monitor import Event, Monitor
+
+log = logging.getLogger(__name__)
+
+PIPE_LENGTH = 1 << 20
+"""Bytes: the device state of most machines, so that QEMU need not wait for us."""
+
+PARAMETERS = {"max-bandwidth": 0, "tls-creds": "", "mode": "normal"}
+"""Set while a machine is captured: no limit, no TLS (not through a pipe), no cpr."""
+
+_FD_NAME = "ckptfs"
+_ENDED = ("completed", "failed", "cancelled")
+_SAVABLE = ("running", "paused", "prelaunch")
+_HINTS = {
+    "finish-migrate": "a migration is about to end: let it end, or `migrate_cancel` it",
+    "postmigrate": "it was migrated and stands still since: `cont`",
+}
+
+
+async def run_state(monitor: "Monitor") -> str:
+    """QEMU's RunState (qapi/run-state.json)."""
+    state: str = (await monitor.execute("query-status"))["status"]
+    return state
+
+
+async def savable_run_state(monitor: "Monitor") -> str:
+    """The run state, which has to be one that QEMU migrates from; StateError (EBUSY) otherwise."""
+    state = await run_state(monitor)
+    if state not in _SAVABLE:
+        hint = _HINTS.get(state, "bring it to running or paused")
+        raise StateError(f"the guest is in state {state!r}: {hint}, then save")
+    return state
+
+
+# ---- settings ---------------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def migration_settings(
+    monitor: "Monitor", capabilities: Collection[str], parameters: dict[str, Any]
+) -> AsyncIterator[None]:
+    """Have these capabilities on and all others off, and these parameters; put back what is still so afterwards."""
+    states = await _capabilities(monitor)
+    states = {name: state for name, state in states.items() if state != (name in capabilities)}
+    values = await monitor.execute("query-migrate-parameters")
+    values = {name: values[name] for name, ours in parameters.items() if values.get(name, ours) != ours}
+    with trio.CancelScope(shield=True):  # either it is set, or it is not
+        await _set_capabilities(monitor, {name: not state for name, state in states.items()})
+    try:
+        await _set_parameters(monitor, {name: parameters[name] for name in values})
+        yield
+    finally:
+        with trio.CancelScope(shield=True):
+            await _put_back(_put_back_parameters(monitor, values, parameters))
+            await _put_back(_put_back_capabilities(monitor, states))
+
+
+async def _put_back_capabilities(monitor: "Monitor", found: dict[str, bool]) -> None:
+    now = await _capabilities(monitor) if found else {}
+    await _set_capabilities(monitor, {name: state for name, state in found.items() if now[name] != state})
+
+
+async def _put_back_parameters(monitor: "Monitor", found: dict[str, Any], ours: dict[str, Any]) -> None:
+    now = await monitor.execute("query-migrate-parameters") if found else {}
+    await _set_parameters(monitor, {name: value for name, value in found.items() if now.get(name) == ours[name]})
+
+
+async def _put_back(setting: Awaitable[None]) -> None:
+    try:
+        await setting
+    except QemuError as error:
+        log.warning("QEMU's migration settings could not be put back as they were: %s", error)
+
+
+async def _capabilities(monitor: "Monitor") -> dict[str, bool]:
+    listed = await monitor.execute("query-migrate-capabilities")
+    return {entry["capability"]: entry["state"] for entry in listed}
+
+
+async def _set_capabilities(monitor: "Monitor", states: dict[str, bool]) -> None:
+    """Set all of them in one command: QEMU checks then which of them go together, and not in between."""
+    if states:
+        entries = [{"capability": name, "state": state} for name, state in states.items()]
+        await monitor.execute("migrate-set-capabilities", capabilities=entries)
+
+
+async def _set_parameters(monitor: "Monitor", values: dict[str, Any]) -> None:
+    if values:
+        await monitor.execute("migrate-set-parameters", **values)
+
+
+# ---- the stream -------------------------------------------------------------------------------------------
+
+
+class Incoming:
+    """The reading end of a pipe into which QEMU migrates; ``ended`` once QEMU has closed its own."""
+
+    def __init__(self, monitor: "Monitor", pipe: trio.lowlevel.FdStream) -> None:
+        self._monitor = monitor
+        self._pipe = pipe
+        self.ended = False
+
+    async def receive(self) -> bytes | bytearray:
+        """Return what has come; nothing at the end, and if an event comes before anything else.
+
+        Raises QemuError (ETIMEDOUT) if neither comes in the time that QEMU has for an answer.
+        """
+        monitor = self._monitor
+        heard = len(monitor.events)
+        with trio.move_on_after(monitor.deadline) as patience, monitor.alerting(patience):
+            part = await self._pipe.receive_some(PIPE_LENGTH)
+            self.ended = not part
+            return part
+        if monitor.lost:
+            raise QemuError("migrate: the connection to QEMU broke", errno.EPIPE)
+        if len(monitor.events) == heard:
+            raise QemuError(f"migrate: nothing came from QEMU in {monitor.deadline:g} s", errno.ETIMEDOUT)
+        return b""
+
+    async def drain(self) -> None:
+        """Throw away what still comes."""
+        while not self.ended:
+            await self.receive()
+
+
+@asynccontextmanager
+async def pipe_from_qemu(monitor: "Monitor") -> AsyncIterator[Incoming]:
+    """A pipe whose writing end QEMU has, as descriptor `_FD_NAME`; no file is needed."""
+    receiver, sender = os.pipe()
+    async with trio.lowlevel.FdStream(receiver) as pipe:
+        try:
+            try:
+                with contextlib.suppress(PermissionError):  # others of this user have large pipes already
+                    fcntl.fcntl(sender, fcntl.F_SETPIPE_SZ, PIPE_LENGTH)
+                await monitor.send_descriptor(_FD_NAME, sender)
+            finally:
+                os.close(sender)
+            yield Incoming(monitor, pipe)
+        except BaseException:
+            with trio.CancelScope(shield=True), contextlib.suppress(QemuError):
+                await monitor.execute("closefd", fdname=_FD_NAME)  # refused if a migration has taken it
+            raise
+
+
+@asynccontextmanager
+async def migration(monitor: "Monitor", incoming: Incoming, capabilities: Collection[str]) -> AsyncIterator[None]:
+    """Have QEMU migrate into the pipe; if this is left before QEMU has ended, its migration is cancelled.
+
+    ``capabilities`` are those that it has to be done with; StateError (EBUSY) if somebody has changed them.
+    """
+    with trio.CancelScope(shield=True):  # either it has begun, or it has not
+        try:
+            await monitor.execute("migrate", uri=f"fd:{_FD_NAME}")
+        except QemuError:
+            await _end_migration_of_others(monitor)
+            raise
+    try:
+        for name, state in (await _capabilities(monitor)).items():  # nobody can change them from here on
+            if state != (name in capabilities):
+                raise StateError(f"somebody else has changed QEMU's migration capability {name} meanwhile")
+        yield
+    finally:
+        if not incoming.ended:
+            with trio.CancelScope(shield=True), contextlib.suppress(QemuError):
+                await monitor.execute("migrate_cancel")
+                await incoming.drain()
+
+
+async def _end_migration_of_others(monitor: "Monitor") -> None:
+    """Cancel the migration that somebody began after we had set QEMU up for ours.
+
+    Capabilities can't be changed while it runs, so it runs with ours: it leaves RAM out, or waits for a word that
+    nobody will say. Better that its owner sees it cancelled.
+    """
+    with contextlib.suppress(QemuError):
+        status = await migration_status(monitor)
+        if status in ("none", *_ENDED):
+            return
+        heard = len(monitor.events)
+        await monitor.execute("migrate_cancel")
+        log.warning("QEMU was set up for a checkpoint when somebody began a migration: that one was cancelled")
+        await wait_for(monitor, lambda: came_to(monitor, heard, *_ENDED) is not None)
+
+
+async def wait_for(monitor: "Monitor", happened: Callable[[], bool]) -> None:
+    """Wait for an event that makes ``happened()`` true; QemuError if QEMU does not tell in time."""
+    with trio.move_on_after(monitor.deadline):
+        while not happened() and not monitor.lost:
+            with trio.CancelScope() as scope, monitor.alerting(scope):
+                await trio.sleep_forever()
+    if not happened():
+        raise QemuError("QEMU did not tell how its migration went on", errno.ETIMEDOUT)
+
+
+def came_to(monitor: "Monitor", since: int, *statuses: str) -> int | None:
+    """Which event, from number ``since`` on, said that the migration has come to one of these; None if none did.
+
+    QEMU tells only with capability ``events`` on.
+    """
+    for number, event in enumerate(monitor.events[since:], since):
+        if event.name == "MIGRATION" and event.data.get("status") in statuses:
+            return number
+    return None
+
+
+async def switch_over(monitor: "Monitor") -> None:
+    """Have QEMU go on from where it waits before the device state."""
+    try:
+        await monitor.execute("migrate-continue", state="pre-switchover")
+    except QemuError as error:
+        if error.errno not in (errno.EPIPE, errno.ETIMEDOUT):
+            _refuse_cancelled(await migration_status(monitor))
+        raise
+
+
+def _refuse_cancelled(status: str) -> None:
+    if status in ("cancelling", "cancelled"):
+        raise StateError("somebody else cancelled QEMU's migration of its device state")
+
+
+async def migration_status(monitor: "Monitor") -> str:
+    """The status of QEMU's newest migration, ``none`` if there was none."""
+    status: str = (await monitor.execute("query-migrate")).get("status", "none")
+    return status
+
+
+async def check_completed(monitor: "Monitor") -> None:
+    """See how the migration ended: a stream that was cut short looks like any other here."""
+    found = await monitor.execute("query-migrate")
+    status = found.get("status", "none")
+    _refuse_cancelled(status)
+    if status != "completed":
+        reason = found.get("error-desc", "no reason given")
+        raise QemuError(f"QEMU's migration of its device state ended as {status!r}: {reason}")
+
+
+# ---- the pause --------------------------------------------------------------------------------------------
+
+
+class Pause:
+    """A guest that stands still, and what its owners want of it afterwards.
+
+    ``wanted`` is its run state before we stopped it, or what somebody made of that since: the owner of the stream
+    sets it, who can tell. ``downtime`` is in seconds, 0 for a guest that did not run.
+    """
+
+    def __init__(self, monitor: "Monitor", wanted: str) -> None:
+        self._monitor = monitor
+        self._heard = len(monitor.events)
+        self._ours = wanted == "running"
+        self._completed = False
+        self.wanted = wanted
+        self.downtime = 0.0
+
+    @property
+    def commands_of_others(self) -> list[str]:
+        """Which of STOP and RESUME came, since our own ``stop``, or since QEMU's migration had completed."""
+        return [event.name for event in self._monitor.events[self._heard :] if event.name in ("STOP", "RESUME")]
+
+    @property
+    def resumed(self) -> bool:
+        """Whether somebody let the guest go on meanwhile."""
+        return "RESUME" in self.commands_of_others
+
+    def note_stopped(self) -> None:
+        """What comes from now on are others' commands, or QEMU's own, as its migration goes on."""
+        self._heard = len(self._monitor.events)
+
+    def note_completed(self, event: int | None, wanted: str) -> None:
+        """QEMU's migration has completed, as the event of that number said; its owners wanted the guest so."""
+        self.wanted = wanted
+        self._completed = True
+        self._heard = len(self._monitor.events) if event is None else event
+
+    async def end(self, cause: BaseException | None = None) -> None:
+        """Have the guest run if that is what its owners want; ``cause`` is what went wrong before."""
+        with trio.CancelScope(shield=True):
+            try:
+                if await self._is_ours():
+                    await self._monitor.execute("cont")
+            except QemuError as error:
+                if not self._ours:
+                    return
+                text = cause if isinstance(cause, CkptfsError) else error
+                raise QemuError(
+                    f"{text}; if QEMU still runs, its guest is stopped: send it `cont` "
+                    "(and `migrate_cancel` before, if it says that its migration is not finalized)",
+                    error.errno,
+                ) from cause
+
+    async def _is_ours(self) -> bool:
+        """Whether the guest stands still because of us alone."""
+        if self._completed:  # QEMU leaves it in postmigrate, unless somebody has commanded it since
+            return self.wanted == "running" and not self.commands_of_others
+        state = await run_state(self._monitor)
+        if state == "postmigrate":
+            return self._ours
+        # a migration that did not complete has left the guest as it found it
+        return self._ours and state in ("paused", "prelaunch") and not self.resumed
+
+
+@asynccontextmanager
+async def paused(monitor: "Monitor") -> AsyncIterator[Pause]:
+    """Stop the guest; afterwards, whatever happened, it runs or stands still as its owners want it."""
+    pause = Pause(monitor, await savable_run_state(monitor))
+    started = trio.current_time()
+    try:
+        if pause.wanted == "running":
+            with trio.CancelScope(shield=True):  # either we know that it is stopped, or QEMU does not answer
+                await monitor.execute("stop")
+            pause.note_stopped()
+        yield pause
+    except BaseException as error:
+        await pause.end(error)
+        raise
+    await pause.end()
+    if pause.wanted == "running":
+        pause.downtime = trio.current_time() - started
+
+
+def refuse_if_disturbed(events: Iterable["Event"]) -> None:
+    """The guest must have stood still while its device state was taken; StateError (EBUSY) if not.
+
+    QEMU itself refuses `cont` then, in run state finish-migrate; gdb's and a reset it does not.
+    """
+    names = {event.name for event in events}
+    if "RESUME" in names:
+        raise StateError("somebody else (gdb?) let the guest go on while its device state was taken")
+    if "RESET" in names:
+        raise StateError("somebody else reset the guest while its device state was taken")
