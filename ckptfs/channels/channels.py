@@ -34,8 +34,8 @@ BACKING_DEADLINE = 60.0
 PROBE_DEADLINE = 1.0
 """Seconds that a payload gets while the storage is silent."""
 
-CLOSING_DEADLINE = 5.0
-"""Seconds that payloads which nobody waits for get to end before their file is given up."""
+CLOSING_DEADLINE = 3.0
+"""Seconds that what nobody waits for any more gets to end, before its thread is left behind."""
 
 
 class NoAnswerError(StorageError):
@@ -90,7 +90,7 @@ class Channels:
         self._deadline = deadline
         self._idle = list(channels)
         self._open_count = len(channels)
-        self._all_closed = trio.Event()
+        self._all_returned = trio.Event()
         self._line: list[_Turn] = []
         self._waits: dict[Channel, trio.CancelScope] = {}  # for each payload under way, whoever waits for it or did
         self._left_behind: dict[Channel, trio.Event] = {}
@@ -98,6 +98,7 @@ class Channels:
         self._silent_since: float | None = None  # as it was logged
         self._limiter = trio.CapacityLimiter(math.inf)  # the channels themselves are the limit
         self._closed = False
+        self._given_up = False
 
     @classmethod
     def open(
@@ -233,6 +234,8 @@ class Channels:
         channel.given_up = False
         if self._closed:
             self._close(channel)
+            if self._given_up:
+                self.close()
         elif self._line:
             turn = next((turn for turn in self._line if turn.urgent), self._line[0])
             self._line.remove(turn)
@@ -243,24 +246,42 @@ class Channels:
 
     def close(self) -> None:
         """Close every idle channel now and every other one when its payload ends; waiters get an error."""
-        self._closed = True
-        for turn in self._line:
-            turn.come.set()
-        self._line.clear()
+        self._refuse_more()
         while self._idle:
             self._close(self._idle.pop())
 
     async def aclose(self) -> None:
-        """Close, and wait a while for payloads that still run: none should touch the file later."""
-        self.close()
+        """Close, and wait a while for payloads that still run: none should touch the file later.
+
+        Closing a descriptor asks some storages something (FUSE, NFS), so a thread does it; and where a payload does
+        not come back, it waits for that: a thread in close(2) can't even be killed.
+        """
+        self._refuse_more()
         with trio.move_on_after(min(CLOSING_DEADLINE, self._deadline), shield=True):
-            await self._all_closed.wait()
+            if self._open_count > len(self._idle):
+                await self._all_returned.wait()
+            idle, self._idle = self._idle, []
+            self._open_count -= len(idle)
+            await trio.to_thread.run_sync(_close, idle, abandon_on_cancel=True)
+            return
+        self._given_up = True
+
+    def _refuse_more(self) -> None:
+        self._closed = True
+        for turn in self._line:
+            turn.come.set()
+        self._line.clear()
 
     def _close(self, channel: Channel) -> None:
         channel.close()
         self._open_count -= 1
-        if not self._open_count:
-            self._all_closed.set()
+        if self._open_count == len(self._idle):
+            self._all_returned.set()
+
+
+def _close(channels: list[Channel]) -> None:
+    for channel in channels:
+        channel.close()
 
 
 class _Turn:

@@ -18,7 +18,7 @@ import os
 import secrets
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 from ckptfs.channels.backing_file import BackingFile, DirectIO, OpenedFile, pread, pwrite_all
@@ -62,8 +62,8 @@ class Target(Protocol):
     def reader(self) -> BackingFile | None:
         """Open what was written for reading; None if that was not granted."""
 
-    def publish(self) -> None:
-        """Make it durable under its final name."""
+    def publish(self, commit: Callable[[], None] = lambda: None) -> None:
+        """Make it durable under its final name; ``commit`` is called before what can't be undone, and may raise."""
 
     @property
     def published(self) -> FileVersion | None:
@@ -113,8 +113,9 @@ class HandedTarget:
         except OSError:
             return None
 
-    def publish(self) -> None:
+    def publish(self, commit: Callable[[], None] = lambda: None) -> None:
         """It is durable already."""
+        commit()
         self.published = FileVersion.of(self.file.fd)
         self._close()
 
@@ -211,11 +212,12 @@ class PathTarget:
         finally:
             os.close(old)
 
-    def publish(self) -> None:
+    def publish(self, commit: Callable[[], None] = lambda: None) -> None:
         """Make the file durable and give it its final name."""
         os.fdatasync(self.file.fd)
         version = FileVersion.of(self.file.fd)  # a rename changes none of it, and after one nothing may fail
         with self._locked_former() as there_is_one, self._identity.assumed():
+            commit()
             if there_is_one:
                 os.rename(self._temporary, self._name, src_dir_fd=self._directory, dst_dir_fd=self._directory)
             else:

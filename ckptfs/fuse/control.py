@@ -9,12 +9,12 @@ import os
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
-
-import trio
 
 from ckptfs.channels.descriptors import describe_address
 from ckptfs.channels.identity import Identity
+from ckptfs.channels.lane import Lane
 from ckptfs.channels.version import NOTHING, KnownFile
 from ckptfs.errors import CkptfsError, CommandError, StateError
 from ckptfs.fuse.events import Changes
@@ -22,6 +22,7 @@ from ckptfs.fuse.page_cache import KernelPageCache
 from ckptfs.fuse.ram_files import RAMFiles
 from ckptfs.fuse.report import Origin, describe_mount, query_migrate
 from ckptfs.fuse.sharing import Sharing
+from ckptfs.guest.base import Base
 from ckptfs.guest.guest import Guest
 from ckptfs.guest.machine import Machine
 from ckptfs.guest.opening import open_checkpoint
@@ -150,16 +151,15 @@ class Control:
         source = _absolute(command.source, identity)
         guest, settings = self._guest, self._guest.settings
         guest.refuse_filled()
-        guest.fill(
-            await trio.to_thread.run_sync(
-                open_checkpoint,
-                source,
-                identity,
-                settings.descriptors,
-                settings.base_options(),
-                guest.page_cache.device,
-            )
+        opening = partial(
+            open_checkpoint,
+            source,
+            identity,
+            settings.descriptors,
+            settings.base_options(),
+            guest.page_cache.device,
         )
+        guest.fill(await Lane().ask(opening, undo=Base.close))
         return f"ok incoming from {describe_address(source)}"
 
     async def _cancel(self, command: ctl.Cancel, identity: Identity) -> str:

@@ -90,7 +90,7 @@ class Mount:
                     await migration.over.wait()
                 nursery.cancel_scope.cancel()
             pyfuse3.close(unmount=True)
-        self._guest.close()
+        # files are closed by the end of the process: a thread in close(2) can't be killed where a storage is silent
 
     async def _set_up(self, starter: Starter) -> None:
         """What needs an answering mount: its device number, its tuning, its background work."""

@@ -14,7 +14,7 @@ import trio
 
 from ckptfs.channels.backing_file import BackingFile, DirectIO, FileSource, OpenedFile
 from ckptfs.channels.buffers import AlignedBuffers
-from ckptfs.channels.channels import BACKING_DEADLINE, Channel, Channels, NoAnswerError
+from ckptfs.channels.channels import BACKING_DEADLINE, CLOSING_DEADLINE, Channel, Channels, NoAnswerError
 from ckptfs.channels.version import FileVersion
 from ckptfs.errors import CheckpointError, CkptfsError, CommandError, StorageError
 from ckptfs.guest.block import BaseBlock
@@ -134,6 +134,8 @@ class Base:
             for block in left_out:
                 self.blocks[block.idstr] = _shared_block(path, block, options, undo)
             self._resources = undo.pop_all()
+        self._resources.callback(file.close)
+        self._channels = [channels, *(self.blocks[block.idstr].pages.channels for block in left_out)]
         self.shared = frozenset(block.idstr for block in left_out)
         """The blocks whose content the checkpoint leaves in a shared file (x-ignore-shared)."""
         self.direct_io = channels.direct_io if direct_io.wanted else None
@@ -242,13 +244,16 @@ class Base:
     def close(self) -> None:
         """Close the backing file; reads that are under way end first."""
         self._resources.close()
-        self._file.close()
 
     async def aclose(self) -> None:
-        """The same, without holding up other tasks: the last close of a file that was replaced frees its blocks."""
-        self._resources.close()
-        with trio.CancelScope(shield=True):
-            await trio.to_thread.run_sync(self._file.close)
+        """The same, without holding up other tasks.
+
+        The last close of a file that was replaced frees its blocks; and a storage may not answer at all.
+        """
+        for channels in self._channels:
+            await channels.aclose()
+        with trio.move_on_after(CLOSING_DEADLINE, shield=True):
+            await trio.to_thread.run_sync(self.close, abandon_on_cancel=True)
 
 
 def _mapped_blocks(

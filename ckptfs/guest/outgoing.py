@@ -15,7 +15,8 @@ import trio
 
 from ckptfs.channels.backing_file import BackingFile, DirectIO, pwrite_all
 from ckptfs.channels.buffers import AlignedBuffers
-from ckptfs.channels.channels import Channel, Channels
+from ckptfs.channels.channels import BACKING_DEADLINE, Channel, Channels
+from ckptfs.channels.lane import Lane
 from ckptfs.guest.base import BadPagesError, Base
 from ckptfs.guest.block import PageStack
 from ckptfs.guest.layer import Layer
@@ -59,6 +60,8 @@ class SaveOptions:
     """Returns when a payload of so many bytes may go, and counts them."""
     charge: Callable[[int], None]
     """Corrects the count."""
+    deadline: float = BACKING_DEADLINE
+    """Seconds after which the storage counts as silent."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,13 @@ class Window:
 
 
 async def write_checkpoint(
-    file: BackingFile, stream_offset: int, image: Image, epoch: Epoch, options: SaveOptions, progress: Progress
+    lane: Lane,
+    file: BackingFile,
+    stream_offset: int,
+    image: Image,
+    epoch: Epoch,
+    options: SaveOptions,
+    progress: Progress,
 ) -> Written:
     """Write ``epoch`` into ``file``, all but the stream's header; nothing is durable yet when this returns.
 
@@ -100,8 +109,8 @@ async def write_checkpoint(
     plan = layout(image, stream_offset)
     kept = [block for block in plan.blocks if not block.ignored]
     blocks = {block.idstr: _OutgoingBlock(block.pages_offset or 0, PagesBitmap(block.page_count)) for block in kept}
-    await trio.to_thread.run_sync(_write_extents, file.fd, plan.extents[1:])
-    channels = await trio.to_thread.run_sync(Channels.open, file, options.direct_io, options.channel_count)
+    await _write_extents(lane, file, plan.extents[1:], options.deadline)
+    channels = await open_channels(lane, file, options.direct_io, options.channel_count, options.deadline)
     try:
         with_data = {idstr: epoch.stacks[idstr].with_data() for idstr in blocks}
         progress.total_pages = sum(bitmap.page_count for bitmap in with_data.values())
@@ -119,8 +128,16 @@ async def write_checkpoint(
     bitmaps = [
         (block.bitmap_offset or 0, blocks[block.idstr].file_bmap.to_bytes(image.bitmap_byteorder)) for block in kept
     ]
-    await trio.to_thread.run_sync(_write_extents, file.fd, bitmaps)
+    await _write_extents(lane, file, bitmaps, options.deadline)
     return Written(plan.header, channels.direct_io if options.direct_io.wanted else None)
+
+
+async def open_channels(
+    lane: Lane, file: BackingFile, direct_io: DirectIO, channel_count: int, deadline: float
+) -> Channels:
+    """Create the channels of a save."""
+    opening = partial(Channels.open, file, direct_io, channel_count, deadline)
+    return await lane.ask(opening, undo=Channels.close, deadline=deadline)
 
 
 def data_windows(with_data: dict[str, PagesBitmap], page_size: int) -> Iterator[Window]:
@@ -228,6 +245,6 @@ def _write_pages(
     return int(mask.sum())
 
 
-def _write_extents(fd: int, extents: list[tuple[int, bytes]]) -> None:
+async def _write_extents(lane: Lane, file: BackingFile, extents: list[tuple[int, bytes]], deadline: float) -> None:
     for file_offset, data in extents:
-        pwrite_all(fd, data, file_offset)
+        await lane.ask(partial(pwrite_all, file.fd, data, file_offset), deadline=deadline)

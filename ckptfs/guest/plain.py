@@ -12,12 +12,21 @@ from functools import partial
 
 import numpy as np
 import numpy.typing as npt
-import trio
 
 from ckptfs.channels.backing_file import BackingFile, DirectIO
 from ckptfs.channels.buffers import AlignedBuffers
 from ckptfs.channels.channels import Channel, Channels
-from ckptfs.guest.outgoing import Epoch, Progress, SaveOptions, Window, Written, data_windows, read_window
+from ckptfs.channels.lane import Lane
+from ckptfs.guest.outgoing import (
+    Epoch,
+    Progress,
+    SaveOptions,
+    Window,
+    Written,
+    data_windows,
+    open_channels,
+    read_window,
+)
 from ckptfs.mapped_ram.bitmap import PagesBitmap
 from ckptfs.mapped_ram.layout import Image, frame
 from ckptfs.mapped_ram.precopy import page_records, zero_records
@@ -29,7 +38,13 @@ _ZERO_PAGES = 1 << 16
 
 
 async def write_stream(
-    file: BackingFile, stream_offset: int, image: Image, epoch: Epoch, options: SaveOptions, progress: Progress
+    lane: Lane,
+    file: BackingFile,
+    stream_offset: int,
+    image: Image,
+    epoch: Epoch,
+    options: SaveOptions,
+    progress: Progress,
 ) -> Written:
     """Write ``epoch`` into ``file``, all but the stream's header; nothing is durable yet when this returns.
 
@@ -41,7 +56,7 @@ async def write_stream(
     with_data = {block.idstr: epoch.stacks[block.idstr].with_data() for block in image.blocks if not block.ignored}
     progress.total_pages = progress.remaining_pages = sum(pages.page_count for pages in with_data.values())
     look_for_zeros = options.zero_page_detection is not ZeroPageDetection.NONE
-    channels = await trio.to_thread.run_sync(Channels.open, file, DirectIO(False), 1)
+    channels = await open_channels(lane, file, DirectIO(False), 1, options.deadline)
     stream = _Stream(channels, stream_offset + len(before), options, progress)
     try:
         for idstr, pages in with_data.items():

@@ -4,6 +4,7 @@ The steps are those of `_save_to`, top to bottom: the target is opened, an epoch
 file is published, and what was written since goes on top of it.
 """
 
+import contextlib
 import errno
 import logging
 from dataclasses import dataclass
@@ -12,8 +13,10 @@ from functools import partial
 import trio
 
 from ckptfs.channels.backing_file import DirectIO
+from ckptfs.channels.channels import BACKING_DEADLINE, CLOSING_DEADLINE, NoAnswerError
 from ckptfs.channels.descriptors import describe_address
 from ckptfs.channels.identity import Identity
+from ckptfs.channels.lane import Lane
 from ckptfs.channels.target import Target, open_target
 from ckptfs.channels.version import FileVersion, KnownFile
 from ckptfs.errors import QemuError, StateError
@@ -78,7 +81,8 @@ async def save(guest: Guest, request: SaveRequest) -> str:
     capabilities.check_file_transport()
     name = describe_address(request.address)
     async with guest.migrations.run("save", name, multifd=capabilities.multifd) as migration:
-        target = await trio.to_thread.run_sync(
+        lane = Lane()
+        opening = partial(
             open_target,
             request.address,
             request.identity,
@@ -86,11 +90,12 @@ async def save(guest: Guest, request: SaveRequest) -> str:
             guest.page_cache.device,
             request.expected,
         )
+        target = await lane.ask(opening, undo=lambda target: target.discard(), deadline=BACKING_DEADLINE)
         try:
-            await _save_to(guest, target, request, migration)
+            await _save_to(guest, lane, target, request, migration)
         except BaseException:
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(target.discard)
+            with trio.CancelScope(shield=True), contextlib.suppress(NoAnswerError):
+                await lane.ask(target.discard, deadline=CLOSING_DEADLINE)
             raise
         finally:
             if request.known is not None and target.published is not None:
@@ -102,13 +107,15 @@ async def save(guest: Guest, request: SaveRequest) -> str:
     return answer
 
 
-async def _save_to(guest: Guest, target: Target, request: SaveRequest, migration: Migration) -> None:
-    if guest.base is not None and not guest.restored and guest.base.lies_in(target.file):
-        raise StateError(
-            f"{target.path}: is what RAM is restored from, and would be written in place: "
-            "save elsewhere, or `restore` first"
-        )
-    await trio.to_thread.run_sync(target.keep_prefix)
+async def _save_to(guest: Guest, lane: Lane, target: Target, request: SaveRequest, migration: Migration) -> None:
+    if guest.base is not None and not guest.restored:
+        in_place = await lane.ask(partial(guest.base.lies_in, target.file), deadline=BACKING_DEADLINE)
+        if in_place:
+            raise StateError(
+                f"{target.path}: is what RAM is restored from, and would be written in place: "
+                "save elsewhere, or `restore` first"
+            )
+    await lane.ask(target.keep_prefix)
     carried: list[Layer] = []
     try:
         epoch, image = await _begin_epoch(guest, request)
@@ -121,12 +128,13 @@ async def _save_to(guest: Guest, target: Target, request: SaveRequest, migration
         migration.advance(MigrationStatus.ACTIVE)
         write = write_checkpoint if guest.settings.capabilities.mapped_ram else write_stream
         written = await write(
-            target.file, request.stream_offset, image, epoch, _save_options(guest), migration.progress
+            lane, target.file, request.stream_offset, image, epoch, _save_options(guest), migration.progress
         )
         guest.note_direct_io(target.path, written.direct_io)
         migration.advance(MigrationStatus.DEVICE)
-        with trio.CancelScope(shield=True):  # either it is published, or it is not
-            base = await trio.to_thread.run_sync(_publish, guest, target, written, request.stream_offset)
+        # no await in between: what has its name is the base, whoever cancels
+        base = await lane.ask(partial(_publish, guest, lane, target, written, request.stream_offset))
+        with trio.CancelScope(shield=True):
             if base is not None:
                 await guest.rebase(epoch, fresh, base)
                 return
@@ -222,15 +230,17 @@ def _ignored(guest: Guest, epoch: Epoch) -> set[str]:
     return set(guest.base.shared)
 
 
-def _publish(guest: Guest, target: Target, written: Written, stream_offset: int) -> Base | None:
+def _publish(guest: Guest, lane: Lane, target: Target, written: Written, stream_offset: int) -> Base | None:
     """Publish what was written, once it has been read back: it becomes the base, so it had better be whole.
+
+    Until the target commits to it, it can be cancelled.
 
     None if it can't be read (a descriptor for writing alone was handed in): the base stays what it was.
     """
     target.seal(*written.header)
     file = target.reader()
     if file is None:
-        target.publish()
+        target.publish(lane.commit)
         return None
     try:
         base = Base(target.path, file, stream_offset, guest.settings.base_options())
@@ -238,7 +248,7 @@ def _publish(guest: Guest, target: Target, written: Written, stream_offset: int)
         file.close()
         raise
     try:
-        target.publish()
+        target.publish(lane.commit)
     except BaseException:
         base.close()
         raise

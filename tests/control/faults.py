@@ -12,6 +12,9 @@ from tests.mount.harness import DEADLINE, Mounted
 CALLS_MAX = 60
 """No command on a guest of a few MiB makes more calls of one kind than that."""
 
+_NUMBERS = {"flock": "73", "fdatasync": "75", "renameat": "264", "renameat2": "316"}
+"""Of system calls on x86-64, as the tests' guests are."""
+
 _ATTACHED = re.compile(r"strace: Process \d+ attached")
 
 
@@ -39,6 +42,20 @@ def delayed(pid: int, log: Path, call: str, seconds: float = 0.5) -> Iterator[No
     """Within this, every ``call`` in process ``pid`` takes ``seconds`` longer."""
     with _attached(pid, log, call, f"delay_enter={round(seconds * 1e6)}"):
         yield
+
+
+def wait_inside(pid: int, call: str) -> None:
+    """Return when a thread of process ``pid`` is in ``call`` (proc(5), /proc/PID/syscall)."""
+    number = _NUMBERS[call]
+    while not any(_syscall(task) == number for task in Path(f"/proc/{pid}/task").iterdir()):
+        pass
+
+
+def _syscall(task: Path) -> str:
+    try:
+        return (task / "syscall").read_text().partition(" ")[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
 
 
 @contextmanager

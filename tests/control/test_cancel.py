@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.control.descriptors import Handed, fdset_option, mount_inheriting
-from tests.control.faults import delayed
+from tests.control.faults import delayed, wait_inside
 from tests.control.footprint import footprint
 from tests.mount.conftest import Mount
 from tests.mount.decode import decode
@@ -70,14 +70,15 @@ def test_an_active_save(mount: Mount, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("call", "state", "end"),
-    [("flock", "setup", "cancelled"), ("fdatasync", "device", "completed"), ("renameat", "device", "completed")],
+    [("flock", "setup", "cancelled"), ("fdatasync", "device", "cancelled"), ("renameat2", "device", "completed")],
 )
 def test_a_save_in_a_step_that_takes_long(call: str, state: str, end: str, mount: Mount, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
     mounted = written(mount(path, f"ram=pc.ram:{LENGTH}"))
     with delayed(mounted.pid, tmp_path / "strace", call), ThreadPoolExecutor() as threads:
         save = threads.submit(mounted.ctl, "save")
-        mounted.wait_for(is_in(state))
+        wait_inside(mounted.pid, call)
+        assert mounted.status()["migration"]["status"] == state
         assert mounted.ctl("cancel") == f"ok save {end}"
         if end == "cancelled":
             with pytest.raises(OSError, match="the save was cancelled"):

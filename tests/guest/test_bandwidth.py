@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from ckptfs.channels.backing_file import DirectIO, OpenedFile
+from ckptfs.channels.lane import Lane
 from ckptfs.guest.guest import Guest
 from ckptfs.guest.outgoing import Progress, SaveOptions, write_checkpoint
 from ckptfs.guest.plain import write_stream
@@ -41,7 +42,7 @@ async def test_zero_pages_cost_no_bandwidth(
     image = empty_image([("pc.ram", PAGE_COUNT * PAGE)])
     options = SaveOptions(2, DirectIO(False), detection, wait_for_bandwidth, charge)
     progress = Progress()
-    await write(file, 0, image, guest.freeze(guest.blocks), options, progress)
+    await write(Lane(), file, 0, image, guest.freeze(guest.blocks), options, progress)
     file.close()
     guest.close()
     page_count = 50 if detection is not ZeroPageDetection.NONE else 300

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -114,3 +115,39 @@ def test_a_read_fails_by_the_one_deadline_and_works_when_the_storage_is_back(
         pass
     assert "the storage answers again, after " in mounted.log.read_text()
     assert read(how, mounted, 8 * MiB).stdout == CONTENT[8 * MiB : 8 * MiB + PAGE]
+
+
+def test_a_save_to_a_silent_storage_can_be_cancelled_and_the_daemon_ended(
+    mount: Mount, storage: Bindfs, tmp_path: Path
+) -> None:
+    mounted = mount(tmp_path / "checkpoint", "ram=pc.ram:1M")
+    storage.stop()
+    with ThreadPoolExecutor() as threads:
+        saving = threads.submit(mounted.ctl, f"save {storage.path}/other")
+        mounted.wait_for(lambda status: status["state"] == "saving")
+        assert mounted.ctl("cancel") == "ok save cancelled"
+        with pytest.raises(OSError, match="the save was cancelled"):
+            saving.result(DEADLINE)
+        assert mounted.ctl("save").startswith("ok saved ")  # elsewhere it works
+        saving = threads.submit(mounted.ctl, f"save {storage.path}/other")
+        mounted.wait_for(lambda status: status["state"] == "saving")
+        mounted.signal(signal.SIGTERM)
+        assert mounted.wait() == 0
+        assert isinstance(saving.exception(DEADLINE), OSError)
+    storage.go_on()
+    assert [path.name for path in storage.path.iterdir()] == ["checkpoint"]
+
+
+def test_a_mount_whose_checkpoint_is_on_a_silent_storage_ends(mount: Mount, storage: Bindfs) -> None:
+    mounted = mount(storage.path / "checkpoint")
+    storage.stop()
+    with ThreadPoolExecutor() as threads:
+        reading = threads.submit(read, "direct", mounted, 0)
+        while not mounted.status()["waiting-readers"]:
+            pass
+        mounted.signal(signal.SIGTERM)
+        assert reading.result(DEADLINE).returncode == 1
+    while is_mounted(mounted.path):
+        pass
+    storage.go_on()  # the kernel asks it once more when the process ends, to close the file
+    assert mounted.wait() == 0
