@@ -18,9 +18,9 @@ import trio
 from ckptfs.channels.descriptors import Descriptors
 from ckptfs.channels.identity import Identity
 from ckptfs.errors import CkptfsError, CommandError, StateError
-from ckptfs.fuse.control import describe
 from ckptfs.fuse.daemon import Starter, harden, run_in_background
 from ckptfs.fuse.mount import Mount
+from ckptfs.fuse.outcome import describe
 from ckptfs.guest.guest import Guest
 from ckptfs.guest.machine import Machine, Machines
 from ckptfs.guest.opening import open_checkpoint

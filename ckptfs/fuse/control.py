@@ -8,7 +8,6 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,6 +17,7 @@ from ckptfs.channels.lane import Lane
 from ckptfs.channels.version import NOTHING, KnownFile
 from ckptfs.errors import CkptfsError, CommandError, StateError
 from ckptfs.fuse.events import Changes
+from ckptfs.fuse.outcome import Outcome, describe, errno_of
 from ckptfs.fuse.page_cache import KernelPageCache
 from ckptfs.fuse.ram_files import RAMFiles
 from ckptfs.fuse.report import Origin, describe_mount, query_migrate
@@ -35,28 +35,6 @@ from ckptfs.namespace.names import decode_name
 from ckptfs.namespace.status import Status, printable
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a command ended: what is read back from ctl, and the errno of its write (0: fine)."""
-
-    line: bytes
-    errno: int = 0
-
-
-def errno_of(error: CkptfsError | OSError) -> int:
-    """The errno that a system call on the mount returns for an error of ours or of the system's."""
-    return error.errno or errno.EIO
-
-
-def describe(error: CkptfsError | OSError) -> str:
-    """One line for the user."""
-    text = str(error)
-    if isinstance(error, OSError):
-        text = error.strerror or text
-        text = text if error.filename is None else f"{os.fsdecode(error.filename)}: {text}"
-    return printable(text)  # it may quote whatever somebody wrote, or named a file
 
 
 class Control:

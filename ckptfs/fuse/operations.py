@@ -16,10 +16,10 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, InodeT, RequestContext, SetattrFields, StatvfsData
 
 from ckptfs.errors import CkptfsError
-from ckptfs.fuse.control import errno_of
 from ckptfs.fuse.handles import Handle
 from ckptfs.fuse.nodes import Nodes
 from ckptfs.fuse.opening import Opening
+from ckptfs.fuse.outcome import errno_of
 from ckptfs.fuse.ram_files import Opener
 from ckptfs.namespace.tree import Node, NodeKind
 

@@ -57,6 +57,7 @@ def test_a_process_that_holds_all_of_the_ram_may_read_it(checkpoints: LiveCheckp
         assert caught.value.errno == errno.EPERM
         with (mounted.ram / "m1").open("rb"):
             assert vmstate.read_bytes().startswith(b"QEVM")
+            assert mounted.status()["vmstate"] == "ready"
     with refused(mounted, "does not have m0, m1 of this mount"):
         result = subprocess.run(["cat", vmstate], capture_output=True, text=True)
     assert result.returncode != 0
