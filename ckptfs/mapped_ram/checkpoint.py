@@ -44,11 +44,11 @@ class Checkpoint:
     ``subsections`` are the configuration's, verbatim, without the capabilities. ``setup_sections`` are the
     early FULL sections (virtio-mem) between the RAM section's START and its next part; ``setup_extents`` where they
     and the parts of other iterable sections (s390x) are, offset and length; ``sections`` the device sections after
-    the RAM section. The device state, ``device_state_length`` bytes at
-    ``device_state_offset``, is all that follows the RAM section up to and including the vmdesc. If
-    ``opaque``, there is device state but its sections could not be told apart, and it is taken to reach to
-    the end of the file. ``run_state`` is the source's, as the section globalstate has it ("running",
-    "paused", ...), or None without one.
+    the RAM section. The device state, ``device_state_length`` bytes at ``device_state_offset``, is all that follows
+    the RAM section up to and including the vmdesc, but without that if the file ends inside it (``vmdesc_cut``). If
+    ``opaque``, there is device state but its sections could not be told apart, and it is taken to reach to the end
+    of the file. ``run_state`` is the source's, as the section globalstate has it ("running", "paused", ...), or
+    None without one.
     """
 
     stream_offset: int
@@ -68,6 +68,7 @@ class Checkpoint:
     device_state_length: int
     vmdesc: dict[str, Any] | None
     vmdesc_offset: int | None
+    vmdesc_cut: bool
     run_state: str | None
 
     @property
@@ -111,9 +112,7 @@ def read_checkpoint(source: Source, stream_offset: int = 0) -> tuple[Checkpoint,
         walker = SectionWalker(cursor, vmdesc, ram_section_id, footers=footers)
         setup_sections = walker.setup_sections()
         _pass_ram_sections(cursor, walker, ram_section_id)
-        return finish_checkpoint(
-            walker, stream_offset, header, blocks, ram_section_id, setup_sections, bitmap_byteorder=byteorder
-        )
+        return finish_checkpoint(walker, stream_offset, header, blocks, ram_section_id, setup_sections, byteorder)
 
     return first_sound(vmdescs(source, start), read_with), bitmaps
 
@@ -141,8 +140,7 @@ def finish_checkpoint(
     blocks: tuple[RAMBlock, ...],
     ram_section_id: int,
     setup_sections: tuple[Section, ...],
-    *,
-    bitmap_byteorder: Byteorder = "little",
+    bitmap_byteorder: Byteorder,
 ) -> Checkpoint:
     """Read the device state at the walker's cursor, and put everything together."""
     source, vmdesc = walker.cursor.source, walker.vmdesc
@@ -172,12 +170,14 @@ def finish_checkpoint(
         device_state_length=end_offset - device_state_offset,
         vmdesc=None if vmdesc is None else vmdesc.description,
         vmdesc_offset=None if vmdesc is None else vmdesc.file_offset,
+        vmdesc_cut=walker.vmdesc_cut,
         run_state=_read_run_state(source, sections),
     )
 
 
 def read_setup(source: Source, checkpoint: Checkpoint) -> bytes:
     """All other sections that stand inside of the RAM section, verbatim and one after another."""
+    _check_length(sum(length for _, length in checkpoint.setup_extents), checkpoint.device_state_offset)
     return b"".join(_read_verbatim(source, *extent) for extent in checkpoint.setup_extents)
 
 
@@ -280,14 +280,17 @@ def _read_run_state(source: Source, sections: tuple[Section, ...]) -> str | None
 
 
 def _read_verbatim(source: Source, file_offset: int, length: int) -> bytes:
-    if length > MAX_DEVICE_STATE_LENGTH:
-        raise CheckpointError(
-            f"{length} bytes of device state are more than {MAX_DEVICE_STATE_LENGTH}", file_offset
-        )
+    _check_length(length, file_offset)
     data = source.pread(file_offset, length)
     if len(data) < length:
         raise CheckpointError("the file was cut short since it was opened", file_offset + len(data))
     return data
+
+
+def _check_length(length: int, file_offset: int) -> None:
+    if length > MAX_DEVICE_STATE_LENGTH:
+        text = f"{length} bytes of device state are more than {MAX_DEVICE_STATE_LENGTH}"
+        raise CheckpointError(text, file_offset)
 
 
 def _bitmap_byteorder(source: Source, header: StreamHeader, blocks: Sequence[RAMBlock]) -> Byteorder:

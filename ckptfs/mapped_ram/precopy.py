@@ -8,6 +8,7 @@ A record is be64 block_offset | flags, then u8 and idstr unless it CONTINUEs the
 bytes, or one zero byte for a ZERO page (``ram_load_precopy`` in ``migration/ram.c``).
 """
 
+import sys
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -121,7 +122,9 @@ def read_precopy(source: Source, stream_offset: int = 0) -> PrecopyStream:
     def read_with(vmdesc: Vmdesc | None) -> Checkpoint:
         cursor.position = ram_stop
         described = walker if early is not None else walker.described_by(vmdesc)
-        return finish_checkpoint(described, stream_offset, header, blocks, ram_section_id, setup_sections)
+        return finish_checkpoint(
+            described, stream_offset, header, blocks, ram_section_id, setup_sections, sys.byteorder
+        )
 
     candidates = vmdescs(source, ram_stop) if early is None else [early]
     return PrecopyStream(first_sound(candidates, read_with), index.page_offsets)

@@ -25,6 +25,10 @@ from ckptfs.mapped_ram.stream import (
 from ckptfs.mapped_ram.vmdesc import Device, Vmdesc
 
 MAX_SECTIONS = 1 << 14
+MAX_RECORDS = 1 << 20
+"""In one part of an iterable section."""
+MAX_PARTS = 1 << 16
+"""Of iterable sections: QEMU writes one of each for every round, 20 in a second at the most."""
 MAX_SCAN_LENGTH = 64 << 20
 """A longer device state is not searched for footers."""
 _SCAN_CHUNK_LENGTH = 1 << 20
@@ -48,12 +52,13 @@ class Section:
 
 
 _STATTR_EOS, _STATTR_MORE, _STATTR_DONE = 1, 2, 8
+_HPTE_LENGTH = 16
 
 
 def _pass_storage_attributes(cursor: Cursor) -> None:
     """Pass over storage attributes: records of one byte a page, up to EOS (hw/s390x/s390-stattrib.c, 10.0)."""
     what = "the storage attributes"
-    while True:
+    for _ in range(MAX_RECORDS):
         offset = cursor.position
         flags = cursor.be64(what) % 4096
         if flags == _STATTR_EOS:
@@ -62,9 +67,29 @@ def _pass_storage_attributes(cursor: Cursor) -> None:
             cursor.skip(cursor.be64(what), what)
         elif flags != _STATTR_DONE:
             raise CheckpointError(f"storage attributes: unexpected flags {flags:#x}", offset)
+    raise CheckpointError(f"more than {MAX_RECORDS} records in {what}", cursor.position)
 
 
-_ITERABLE: dict[str, Callable[[Cursor], None]] = {"s390-storage_attributes": _pass_storage_attributes}
+def _pass_hash_table(cursor: Cursor) -> None:
+    """Pass over hash page table entries, from be32 0 up to a record of zeros (hw/ppc/spapr.c, htab_load, 10.0).
+
+    Instead of 0, START has the table's size, and all have -1 where there is no table: then nothing follows.
+    """
+    what = "the hash page table"
+    if cursor.be32(what):
+        return
+    for _ in range(MAX_RECORDS):
+        index, valid, invalid = cursor.be32(what), cursor.be16(what), cursor.be16(what)
+        if index == valid == invalid == 0:
+            return
+        cursor.skip(valid * _HPTE_LENGTH, what)
+    raise CheckpointError(f"more than {MAX_RECORDS} records in {what}", cursor.position)
+
+
+_ITERABLE: dict[str, Callable[[Cursor], None]] = {
+    "s390-storage_attributes": _pass_storage_attributes,
+    "spapr/htab": _pass_hash_table,
+}
 """Iterable sections other than the RAM's, and what passes over a payload of theirs."""
 
 
@@ -77,12 +102,14 @@ class SectionWalker:
 
     Iterable sections are those of `_ITERABLE`, whose payloads tell their own ends. ``setup_extents`` is where all
     that stands between the RAM section's START and its END lies, but for that section itself: offset and length.
+    ``vmdesc_cut`` tells, after `device_state`, that the file ends inside the vmdesc, which is then no part of it.
     """
 
     def __init__(self, cursor: Cursor, vmdesc: Vmdesc | None, ram_section_id: int, *, footers: bool) -> None:
         self.cursor = cursor
         self.vmdesc = vmdesc
         self.footers = footers
+        self.vmdesc_cut = False
         self._ram_section_id = ram_section_id
         self._section_ids = {ram_section_id}
         self._devices: list[Device] = [] if vmdesc is None else vmdesc.devices()
@@ -135,6 +162,8 @@ class SectionWalker:
             raise CheckpointError(f"section id {section_id} was not started", offset)
         self._pass_iterable(section_id, offset)
         if section_type == SectionType.PART:
+            if len(self.setup_extents) == MAX_PARTS:
+                raise CheckpointError(f"more than {MAX_PARTS} parts of iterable sections", offset)
             self.setup_extents.append((offset, self.cursor.position - offset))
 
     def _pass_iterable(self, section_id: int, offset: int) -> None:
@@ -275,13 +304,16 @@ class SectionWalker:
         return ends or [footer for footer in footers if self._may_follow(footer + 5, anything_after_end=True)]
 
     def _pass_vmdesc(self) -> None:
-        """Pass over the VMDESCRIPTION, if there is one; like QEMU, do not mind one that is cut short."""
+        """Pass over the VMDESCRIPTION, if there is one; like QEMU, do not mind that the file ends inside it."""
         cursor = self.cursor
         if self.vmdesc is not None and cursor.position != self.vmdesc.file_offset:
             raise CheckpointError("the device state does not end where its vmdesc begins", cursor.position)
         if cursor.peek(1) == bytes([SectionType.VMDESCRIPTION]):
-            length = int.from_bytes(cursor.peek(5)[1:])
-            cursor.position = min(cursor.position + 5 + length, cursor.source.length)
+            header = cursor.peek(5)
+            end = cursor.position + 5 + int.from_bytes(header[1:])
+            self.vmdesc_cut = len(header) < 5 or end > cursor.source.length
+            if not self.vmdesc_cut:
+                cursor.position = end
 
 
 def refuse_section(cursor: Cursor, section_type: int) -> None:

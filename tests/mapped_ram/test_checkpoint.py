@@ -212,11 +212,14 @@ FORGED = b'{"devices": []}'
 
 def test_a_vmdesc_cut_short_is_minded_as_little_as_by_qemu():
     data, marks = SMALL.build()
-    for stop in range(marks["vmdesc"], len(data), 7):
+    for stop in (*range(marks["vmdesc"] + 1, len(data), 7), len(data) - 1):
         checkpoint, _ = read_checkpoint(BytesSource(data[:stop]))
         assert [section.idstr for section in checkpoint.sections] == ["timer", "globalstate"]
-        assert checkpoint.end_offset == stop
+        assert checkpoint.end_offset == marks["vmdesc"]
         assert checkpoint.vmdesc is None
+        assert checkpoint.vmdesc_cut
+    assert not read(SMALL)[0].vmdesc_cut
+    assert not read(SMALL, vmdesc=False)[0].vmdesc_cut
 
 
 def test_lengths_that_the_vmdesc_has_wrong_are_found_by_their_footers():

@@ -28,6 +28,22 @@ def test_s390x(mount: Mount, tmp_path: Path, form: str) -> None:
         assert saved.count(b"\3\0\0\0\6" + (8).to_bytes(8) + (1).to_bytes(8)) == 1  # its END: DONE, EOS
 
 
+def test_pseries(mount: Mount, tmp_path: Path) -> None:
+    """Its hash page table is a second iterable section."""
+    path = unpacked("pseries.stream", tmp_path / "vm")
+    mounted = mount(path)
+    with (mounted.ram / "ppc_spapr.ram").open("rb") as ram:
+        assert ram.read(4096) == PAGE
+    mounted.ctl(f"save {tmp_path}/other")
+    other = mount(tmp_path / "other")
+    assert other.status()["base-devices"] == mounted.status()["base-devices"]
+    start = b"\1\0\0\2\x31\x0aspapr/htab" + bytes(4) + (1).to_bytes(4)
+    end = b"\3\0\0\2\x31" + bytes(12) + b"\x7e\0\0\2\x31"
+    for saved in (path.read_bytes(), (tmp_path / "other").read_bytes()):
+        assert saved.count(start) == 1
+        assert saved.count(end) == 1
+
+
 @pytest.mark.parametrize("name", ["riscv64-virt", "riscv64-sifive_u", "aarch64-virt", "aarch64-virt-secure"])
 def test_others(mount: Mount, tmp_path: Path, name: str) -> None:
     mounted = mount(unpacked(f"{name}.mapped-ram", tmp_path / "vm"))
