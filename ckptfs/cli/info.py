@@ -64,7 +64,7 @@ def describe_file(path: str, stream_offset: int) -> Document:
     return {
         "file": path,
         "format": kind,
-        "complete": all(block["present"] for block in blocks),
+        "complete": all(block["present"] for block in blocks) and not checkpoint.vmdesc_cut,
         "machine": printable(checkpoint.machine),
         "run-state": checkpoint.run_state,
         "uuid": None if checkpoint.uuid is None else str(checkpoint.uuid),
@@ -77,6 +77,7 @@ def describe_file(path: str, stream_offset: int) -> Document:
         "blocks": blocks,
         "devices": None if checkpoint.opaque else [_describe_section(section) for section in _sections(checkpoint)],
         "device-state-length": checkpoint.device_state_length,
+        "vmdesc": _describe_vmdesc(checkpoint),
     }
 
 
@@ -103,6 +104,13 @@ def _describe_block(block: RAMBlock, file_bmap: PagesBitmap | None) -> Document:
     }
 
 
+def _describe_vmdesc(checkpoint: Checkpoint) -> str:
+    """How the JSON at the end of the stream fares: whole, cut (the file ends inside it), none."""
+    if checkpoint.vmdesc_cut:
+        return "cut"
+    return "none" if checkpoint.vmdesc is None else "whole"
+
+
 def _sections(checkpoint: Checkpoint) -> tuple[Section, ...]:
     return *checkpoint.setup_sections, *checkpoint.sections
 
@@ -124,10 +132,8 @@ def describe_mount(directory: str) -> Document:
 
 def format_file(document: Document) -> str:
     """Write a file's description for people."""
-    left_out = [block["idstr"] for block in document["blocks"] if not block["present"]]
     lines = [
-        f"{document['file']}: {document['format']} checkpoint, "
-        + (f"without the RAM of {', '.join(left_out)}" if left_out else "complete"),
+        f"{document['file']}: {document['format']} checkpoint, {_completeness(document)}",
         f"machine  {_machine(document['machine'], document['run-state'])}",
         *([] if document["uuid"] is None else [f"uuid     {document['uuid']}"]),
         f"stream   bytes {document['offset']:#x} to {document['end']:#x} of {document['length']:#x}, "
@@ -139,6 +145,14 @@ def format_file(document: Document) -> str:
     else:
         lines += _devices([section["idstr"] for section in document["devices"]])
     return "\n".join(lines)
+
+
+def _completeness(document: Document) -> str:
+    left_out = [block["idstr"] for block in document["blocks"] if not block["present"]]
+    words = [f"without the RAM of {', '.join(left_out)}"] if left_out else []
+    if document["vmdesc"] == "cut":
+        words.append("cut short inside its vmdesc: RAM and devices are whole, and QEMU loads it")
+    return ", ".join(words) or "complete"
 
 
 def format_mount(document: Document) -> str:

@@ -92,6 +92,7 @@ def test_a_file_as_json(tmp_path: Path, run_ckptfs: RunCkptfs) -> None:
             },
         ],
         "device-state-length": len(data) - marks["device_state"],
+        "vmdesc": "whole",
     }
 
 
@@ -158,6 +159,17 @@ def test_devices_that_cannot_be_told_apart(tmp_path: Path, run_ckptfs: RunCkptfs
     assert document["devices"] is None
     last = run_ckptfs("info", path).stdout.splitlines()[-1]
     assert last == f"devices  {document['device-state-length']} bytes whose sections can't be told apart"
+
+
+def test_a_file_cut_inside_its_vmdesc(tmp_path: Path, run_ckptfs: RunCkptfs) -> None:
+    path = written(tmp_path, SMALL)
+    os.truncate(path, path.stat().st_size - 1)
+    lines = run_ckptfs("info", path).stdout.splitlines()
+    what = "cut short inside its vmdesc: RAM and devices are whole, and QEMU loads it"
+    assert lines[0] == f"{path}: mapped-ram checkpoint, {what}"
+    assert lines[-1] == "devices  2: timer, globalstate"
+    document = json.loads(run_ckptfs("info", "--json", path).stdout)
+    assert (document["complete"], document["vmdesc"]) == (False, "cut")
 
 
 def test_devices_of_one_name_are_counted(tmp_path: Path, run_ckptfs: RunCkptfs) -> None:
