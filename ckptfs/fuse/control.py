@@ -8,6 +8,7 @@ import logging
 import os
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,7 @@ from ckptfs.fuse.page_cache import KernelPageCache
 from ckptfs.fuse.ram_files import RAMFiles
 from ckptfs.fuse.report import Origin, describe_mount, query_migrate
 from ckptfs.fuse.sharing import Sharing
+from ckptfs.fuse.view_files import ViewFiles
 from ckptfs.guest.base import Base
 from ckptfs.guest.guest import Guest
 from ckptfs.guest.machine import Machine
@@ -52,6 +54,7 @@ class Control:
         page_cache: KernelPageCache,
         changes: Changes,
         sharing: Sharing,
+        views: ViewFiles | None,
         start_soon: Callable[[Callable[[], Awaitable[None]]], None],
     ) -> None:
         self._guest = guest
@@ -62,6 +65,7 @@ class Control:
         self._page_cache = page_cache
         self._changes = changes
         self._sharing = sharing
+        self._views = views
         self._start_soon = start_soon
         self.last = Outcome(b"")
         self.last_command: str | None = None
@@ -275,7 +279,10 @@ class Control:
     def status(self) -> Status:
         """A snapshot of the mount."""
         outcome = self.last.line.decode(errors="replace").strip() or None
-        return describe_mount(self._guest, self._origin, self.last_command, outcome, self._sharing.problem)
+        status = describe_mount(self._guest, self._origin, self.last_command, outcome, self._sharing.problem)
+        if self._views is None:
+            return status
+        return replace(status, views=tuple(self._views.names), missing_views=self._views.missing)
 
 
 def _remark(no_effect: str) -> str:

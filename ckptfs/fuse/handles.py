@@ -15,6 +15,8 @@ from ckptfs.fuse.page_cache import FileRange, KernelPageCache
 from ckptfs.fuse.ram_files import Opener, RAMFiles
 from ckptfs.guest.block import GuestBlock
 from ckptfs.guest.guest import Guest
+from ckptfs.guest.views import read_layout, refuse_written
+from ckptfs.physical.layouts import Layout
 
 Buffer = bytes | memoryview
 
@@ -147,6 +149,21 @@ class RAMHandle(Handle):
 
     def release(self) -> None:
         self._ram_files.released(self)
+
+
+class ViewHandle(Handle):
+    """views/NAME: a checkpoint's memory in another form, cached by the kernel."""
+
+    direct_io = False
+
+    def __init__(self, inode: int, opener: Opener, guest: Guest, layout: Layout) -> None:
+        super().__init__(inode, opener)
+        self._guest = guest
+        self._layout = layout
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        refuse_written(self._guest)
+        return await read_layout(self._guest, self._layout, offset, length)
 
 
 class PagesHandle(Handle):

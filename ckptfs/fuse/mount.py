@@ -20,6 +20,7 @@ from ckptfs.fuse.report import Origin
 from ckptfs.fuse.session import open_session
 from ckptfs.fuse.sharing import Sharing
 from ckptfs.fuse.tuning import tune_backing_device
+from ckptfs.fuse.view_files import ViewFiles
 from ckptfs.guest.guest import Guest
 from ckptfs.migration.address import SeekableAddress
 from ckptfs.migration.status import MigrationStatus
@@ -53,16 +54,25 @@ class Mount:
         self._changes = Changes()
         self._events = EventLog()
         self._nursery: trio.Nursery
-        nodes = Nodes(guest, owner, options.umask)
+        self._views = ViewFiles(guest, options.backends, options.map) if options.views else None
+        nodes = Nodes(guest, owner, options.umask, self._views)
         self._ram_files = RAMFiles(nodes, mountpoint)
         page_cache = KernelPageCache(self._ram_files)
         origin = Origin(source, trio.current_time(), options.backends)
         sharing = Sharing(self._ram_files, self._changes, self._start_soon)
         self._control = Control(
-            guest, spec, origin, self._ram_files, page_cache, self._changes, sharing, self._start_soon
+            guest, spec, origin, self._ram_files, page_cache, self._changes, sharing, self._views, self._start_soon
         )
         opening = Opening(
-            guest, options, self._ram_files, page_cache, self._control, self._changes, self._events, sharing
+            guest,
+            options,
+            self._ram_files,
+            page_cache,
+            self._control,
+            self._changes,
+            self._events,
+            sharing,
+            self._views,
         )
         self._operations = Operations(nodes, opening)
         guest.migrations.watch(self._on_status)
@@ -99,6 +109,8 @@ class Mount:
         self._ram_files.device = device
         if refused := await trio.to_thread.run_sync(tune_backing_device, device):
             log.info("only root can tune the mount: %s left as it was", ", ".join(refused))
+        if self._views is not None:
+            self._start_soon(self._views.refresh)  # so that status tells at once what can't be made
         if self._options.prefetch and self._guest.base is not None:
             self._control.start_restore()
         starter.mounted()

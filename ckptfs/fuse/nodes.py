@@ -8,17 +8,21 @@ import time
 
 from ckptfs.errors import CommandError
 from ckptfs.fuse.report import describe_block
+from ckptfs.fuse.view_files import ViewFiles
 from ckptfs.guest.guest import Guest
 from ckptfs.namespace.names import decode_name
-from ckptfs.namespace.tree import RAM, Node, NodeKind, Tree, ram_xattrs
+from ckptfs.namespace.tree import RAM, VIEWS, Node, NodeKind, Tree, ram_xattrs
 
 
 class Nodes:
     """The nodes of a mount. ``owner`` is (uid, gid) of all of them, ``mounted_at_ns`` their time."""
 
-    def __init__(self, guest: Guest, owner: tuple[int, int], umask: int) -> None:
+    def __init__(self, guest: Guest, owner: tuple[int, int], umask: int, views: ViewFiles | None) -> None:
+        """``views`` is None where there are to be none."""
         self._guest = guest
-        self._tree = Tree(guest.blocks, read_only=guest.read_only, umask=umask)
+        self._views = views
+        self._views_seen = 0
+        self._tree = Tree(guest.blocks, has_views=views is not None, read_only=guest.read_only, umask=umask)
         self.owner = owner
         self.mounted_at_ns = time.time_ns()
 
@@ -28,7 +32,15 @@ class Nodes:
         self._tree.has_vmstate = self._guest.has_device_state
         for idstr in list(self._guest.blocks)[self._tree.block_count :]:
             self._tree.add_block(idstr)
+        if self._views is not None and self._views_seen != self._views.generation:
+            self._views_seen = self._views.generation
+            self._tree.set_views(self._views.names, self._views_seen)
         return self._tree
+
+    async def look_into(self, inode: int) -> None:
+        """Find out what is in a directory, where that takes more than to know it."""
+        if inode == VIEWS.inode and self._views is not None:
+            await self._views.refresh()
 
     def sizes(self, node: Node) -> tuple[int, int]:
         """Length and stored bytes of a node."""
@@ -37,6 +49,9 @@ class Nodes:
             return block.used_length, block.stack.with_data().count() * block.page_size
         if node.kind is NodeKind.PAGES:
             return self._guest.blocks[node.subject].page_count, 0
+        if node.kind is NodeKind.VIEW and self._views is not None:
+            layout = self._views.layout(node.subject)
+            return layout.length, sum(extent.length for extent in layout.extents)
         return 0, 0
 
     def capacity(self) -> tuple[int, int]:

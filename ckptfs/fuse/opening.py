@@ -20,11 +20,14 @@ from ckptfs.fuse.handles import (
     SettingHandle,
     StatusHandle,
     TextHandle,
+    ViewHandle,
 )
 from ckptfs.fuse.page_cache import KernelPageCache
 from ckptfs.fuse.ram_files import Opener, RAMFiles
 from ckptfs.fuse.sharing import Sharing
+from ckptfs.fuse.view_files import ViewFiles
 from ckptfs.guest.guest import Guest
+from ckptfs.guest.views import refuse_written
 from ckptfs.guest.vmstate import backends_on, vmstate
 from ckptfs.namespace.options import MountOptions
 from ckptfs.namespace.status import format_status, format_status_json
@@ -57,6 +60,7 @@ class Opening:
         changes: Changes,
         events: EventLog,
         sharing: Sharing,
+        views: ViewFiles | None,
     ) -> None:
         self._guest = guest
         self._options = options
@@ -66,6 +70,7 @@ class Opening:
         self._changes = changes
         self._events = events
         self._sharing = sharing
+        self._views = views
 
     async def open(self, node: Node, opener: Opener) -> Handle:
         """Open a node. Raises StateError where it can't be opened, or not like that."""
@@ -100,6 +105,12 @@ class Opening:
             case NodeKind.CAPABILITY:
                 text = control.capability_text(subject)
                 return SettingHandle(inode, opener, text, lambda data: control.set_capability(subject, data))
+            case NodeKind.VIEW if self._views is not None:
+                await self._page_cache.flush(
+                    list(self._guest.blocks)
+                )  # what a machine has written may be there yet
+                refuse_written(self._guest)
+                return ViewHandle(inode, opener, self._guest, self._views.layout(subject))
             case NodeKind.VMSTATE:
                 return TextHandle(inode, opener, await self._vmstate(opener))
         raise StateError(f"{node.name!r} can't be opened", errno.EACCES)

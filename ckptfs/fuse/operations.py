@@ -32,6 +32,10 @@ ATTRIBUTE_TIMEOUT = 1.0
 """Seconds for which the kernel may believe a size or st_blocks that it was told."""
 
 
+_NAMES_THAT_CHANGE = frozenset({NodeKind.CTL, NodeKind.VIEW})
+"""Nodes whose name may lead to another inode a moment later."""
+
+
 def _translated(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
     @functools.wraps(handler)
     async def translated(*args: P.args, **kwargs: P.kwargs) -> T:
@@ -86,7 +90,7 @@ class Operations(pyfuse3.Operations):
         # a time that changed would make the kernel drop the pages it has cached
         entry.st_atime_ns = entry.st_mtime_ns = entry.st_ctime_ns = self._nodes.mounted_at_ns
         entry.attr_timeout = ATTRIBUTE_TIMEOUT
-        entry.entry_timeout = 0.0 if node.kind is NodeKind.CTL else ATTRIBUTE_TIMEOUT
+        entry.entry_timeout = 0.0 if node.kind in _NAMES_THAT_CHANGE else ATTRIBUTE_TIMEOUT
         return entry
 
     @_translated
@@ -97,6 +101,7 @@ class Operations(pyfuse3.Operations):
     @_translated
     async def lookup(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> EntryAttributes:
         """Find a name."""
+        await self._nodes.look_into(parent_inode)
         node = self._nodes.tree.lookup(parent_inode, name)
         if node is None:
             raise FUSEError(errno.ENOENT)
@@ -124,6 +129,7 @@ class Operations(pyfuse3.Operations):
         """Directories are listed by inode number."""
         if not self._node(inode).is_directory:
             raise FUSEError(errno.ENOTDIR)
+        await self._nodes.look_into(inode)
         return inode
 
     @_translated

@@ -32,6 +32,9 @@ class MountOptions:
     capabilities: MigrationCapabilities = field(default_factory=MigrationCapabilities)
     backends: list[str] = field(default_factory=list)
     """Idstrs of the blocks that QEMU has as memory backends; empty: found by the default rule."""
+    views: bool = True
+    map: list[str] = field(default_factory=list)
+    """Where blocks are in the guest's physical memory, an entry ``ID@ADDRESS[+LENGTH][:OFFSET]`` each."""
     uuid: UUID | None = None
     """The guest's, for capability validate-uuid."""
     shared: dict[str, str] = field(default_factory=dict)
@@ -164,6 +167,15 @@ def _several(attribute: str) -> _Setter:
     return apply
 
 
+def _append(attribute: str) -> _Setter:
+    """One more value each time."""
+
+    def apply(options: MountOptions, value: str | None) -> None:
+        getattr(options, attribute).append(_required(value))
+
+    return apply
+
+
 def _entry(attribute: str, parse: Callable[[str], tuple[object, object]]) -> _Setter:
     """``=KEY:VALUE``, and again for more."""
 
@@ -276,6 +288,15 @@ OPTIONS = (
         "ID[:ID...]",
         "The RAM blocks that QEMU has as memory backends, where they can't be told by their names.",
         _several("backends"),
+    ),
+    Option(
+        "views", "on|off", "Show memory as debuggers open it, in views/ (default: on).", _one("views", parse_state)
+    ),
+    Option(
+        "map",
+        "ID@ADDRESS[+LENGTH][:OFFSET]",
+        "Where a RAM block is in physical memory, for views/, as in map=dimm0@4G. Repeat it for more blocks.",
+        _append("map"),
     ),
     Option("prefetch", "on|off", "Restore everything in the background.", _one("prefetch", parse_state)),
     Option(

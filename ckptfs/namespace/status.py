@@ -99,6 +99,10 @@ class Status:
     """The device sections in it."""
     backends: tuple[str, ...] = ()
     """The blocks (idstrs) that a machine has as memory backends on this mount."""
+    views: tuple[str, ...] = ()
+    """The names in views/."""
+    missing_views: dict[str, str] = field(default_factory=dict)
+    """Why others can't be made, by name."""
     migration: QueryMigrate = field(default_factory=QueryMigrate)
     """The newest save or restore."""
     blocks: tuple[BlockStatus, ...] = ()
@@ -166,6 +170,8 @@ def _values(status: Status) -> dict[str, Any]:
         "set-aside-pages": status.set_aside_pages,
         "waiting-readers": status.waiting_readers,
         "storage": status.storage,
+        "views": " ".join(status.views) or None,
+        "views-missing": "; ".join(f"{name}: {why}" for name, why in status.missing_views.items()) or None,
         "time-to-first-byte": status.time_to_first_byte,
         "time-to-full": status.time_to_full,
         "bad-page-count": status.bad_page_count,

@@ -5,10 +5,11 @@
     ctl  status  status.json  events  vmstate      files (vmstate only where there is device state)
     ram/NAME  pages/NAME                           one each for every RAM block
     parameters/NAME  capabilities/NAME             one each for all that QEMU knows
+    views/NAME                                     memory as debuggers open it, as far as it can be made
 
-Inode numbers are fixed for the life of the mount, but that of ctl (`Tree.entry`): the fixed nodes have theirs,
-parameters and capabilities are numbered in QEMU's order, blocks in the order in which they were added. Sizes are
-no business of the tree.
+Inode numbers are fixed for the life of the mount, but those of ctl (`Tree.entry`) and of views: the fixed nodes
+have theirs, parameters and capabilities are numbered in QEMU's order, blocks in the order in which they were added.
+Sizes are no business of the tree.
 """
 
 import stat
@@ -32,6 +33,8 @@ XATTR_PREFIX = b"user.ckptfs."
 _FIRST_PARAMETER_INODE = 0x100
 _FIRST_CAPABILITY_INODE = 0x200
 _FIRST_BLOCK_INODE = 0x1000
+_FIRST_VIEW_INODE = 1 << 31
+_VIEW_INODES = 16
 _FIRST_CTL_INODE = 1 << 32
 
 
@@ -48,6 +51,7 @@ class NodeKind(Enum):
     PAGES = auto()
     PARAMETER = auto()
     CAPABILITY = auto()
+    VIEW = auto()
 
 
 _WRITABLE = frozenset({NodeKind.CTL, NodeKind.RAM, NodeKind.PARAMETER, NodeKind.CAPABILITY})
@@ -79,6 +83,7 @@ RAM = Node(7, ROOT_INODE, b"ram", NodeKind.DIRECTORY)
 PAGES = Node(8, ROOT_INODE, b"pages", NodeKind.DIRECTORY)
 PARAMETERS_DIR = Node(9, ROOT_INODE, b"parameters", NodeKind.DIRECTORY)
 CAPABILITIES_DIR = Node(10, ROOT_INODE, b"capabilities", NodeKind.DIRECTORY)
+VIEWS = Node(11, ROOT_INODE, b"views", NodeKind.DIRECTORY)
 
 _FIXED = [
     ROOT,
@@ -91,6 +96,7 @@ _FIXED = [
     PAGES,
     PARAMETERS_DIR,
     CAPABILITIES_DIR,
+    VIEWS,
     *(
         Node(_FIRST_PARAMETER_INODE + i, PARAMETERS_DIR.inode, name.encode(), NodeKind.PARAMETER, name)
         for i, name in enumerate(PARAMETERS)
@@ -105,14 +111,21 @@ _FIXED = [
 class Tree:
     """The nodes of one mount.
 
-    ``has_vmstate`` may change while mounted: a live checkpoint brings device state. A block's node stays once
-    it is there. Permissions are those that ``umask`` leaves; a read-only mount has no writable RAM.
+    ``has_vmstate`` and views may change while mounted: a live checkpoint brings device state. A block's node stays
+    once it is there. Permissions are those that ``umask`` leaves; a read-only mount has no writable RAM.
     """
 
     def __init__(
-        self, idstrs: Iterable[str], *, has_vmstate: bool = False, read_only: bool = False, umask: int = 0o077
+        self,
+        idstrs: Iterable[str],
+        *,
+        has_vmstate: bool = False,
+        has_views: bool = False,
+        read_only: bool = False,
+        umask: int = 0o077,
     ) -> None:
         self.has_vmstate = has_vmstate
+        self.has_views = has_views
         self._read_only = read_only
         self._umask = umask
         self._nodes: dict[int, Node] = {}
@@ -138,6 +151,14 @@ class Tree:
         self._add(node)
         self._add(Node(inode + 1, PAGES.inode, name, NodeKind.PAGES, idstr))
         return node
+
+    def set_views(self, names: Iterable[str], generation: int) -> None:
+        """From now on these are the views; of another ``generation`` they are other files."""
+        for former in self._children[VIEWS.inode].values():
+            del self._nodes[former.inode]
+        self._children[VIEWS.inode].clear()
+        for number, name in enumerate(names, _FIRST_VIEW_INODE + generation * _VIEW_INODES):
+            self._add(Node(number, VIEWS.inode, name.encode(), NodeKind.VIEW, name))
 
     def node(self, inode: int) -> Node | None:
         """The node with that number, if it is there."""
@@ -184,7 +205,7 @@ class Tree:
         """As in st_nlink: a directory counts itself, its name and its subdirectories."""
         if not node.is_directory:
             return 1
-        return 2 + sum(child.is_directory for child in self._children[node.inode].values())
+        return 2 + sum(child.is_directory for child in self.list(node.inode))
 
     def _add(self, node: Node) -> None:
         self._nodes[node.inode] = node
@@ -194,7 +215,9 @@ class Tree:
             self._children[node.parent_inode][node.name] = node
 
     def _visible(self, node: Node | None) -> Node | None:
-        return None if node is VMSTATE and not self.has_vmstate else node
+        if (node is VMSTATE and not self.has_vmstate) or (node is VIEWS and not self.has_views):
+            return None
+        return node
 
 
 def ram_xattrs(block: BlockStatus) -> dict[bytes, bytes]:

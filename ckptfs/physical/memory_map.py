@@ -8,7 +8,7 @@ What the user knows better comes first, as ``ID@ADDRESS[+LENGTH][:OFFSET]``.
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -23,10 +23,9 @@ ADDRESS_MAX = 1 << 52
 _LEGACY_VGA = range(0xA0000, 0xC0000)
 _ENTRY = re.compile(r"(?P<idstr>.+)@(?P<address>[^@+:]+)(\+(?P<length>[^@+:]+))?(:(?P<offset>[^@+:]+))?")
 
-FIXED_STARTS = {
-    "virt": {"arm": 0x40000000, "riscv": 0x80000000},
-}
-"""First byte of RAM by machine type and architecture (hw/arm/virt.c, hw/riscv/virt.c, 10.0)."""
+_FIXED_STARTS = {("virt", "env.xregs"): 0x40000000, ("virt", "env.gpr"): 0x80000000}
+"""First byte of RAM, by machine type and a field that vCPUs of its architecture have (hw/arm/virt.c,
+hw/riscv/virt.c, 10.0)."""
 
 
 class Region(NamedTuple):
@@ -135,6 +134,14 @@ def cmos_sizes(cmos: bytes) -> tuple[int, int]:
     below = int.from_bytes(cmos[0x34:0x36], "little") << 16
     below = below + (16 << 20) if below else (1 << 20) + (int.from_bytes(cmos[0x30:0x32], "little") << 10)
     return below, int.from_bytes(cmos[0x5B:0x5E], "little") << 16
+
+
+def fixed_start(machine: str, cpu_fields: Collection[str]) -> int | None:
+    """The first byte of RAM, where the machine type alone tells it; ``cpu_fields`` are the names of a vCPU's."""
+    for (kind, field), start in _FIXED_STARTS.items():
+        if machine.partition("-")[0] == kind and field in cpu_fields:
+            return start
+    return None
 
 
 def fixed_map(start: int, main: Sequence[RAMBlock], machine: str) -> MemoryMap:

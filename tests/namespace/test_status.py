@@ -77,6 +77,8 @@ overlay-bytes 4096
 set-aside-pages 0
 waiting-readers 0
 storage ok
+views none
+views-missing none
 time-to-first-byte none
 time-to-full none
 bad-page-count 0

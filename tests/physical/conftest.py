@@ -16,9 +16,12 @@ from ckptfs.mapped_ram.checkpoint import Checkpoint, read_checkpoint
 from ckptfs.physical.devices import find_device, read_device
 from ckptfs.physical.memory_map import MemoryMap, cmos_of, pc_map
 from ckptfs.physical.registers import Registers
+from tests.mount.conftest import _adopt_orphans, mount, public
 from tests.physical.elf import Elf, read_elf
 from tests.qemu.guest import Guest
 from tests.qemu.machine import DEADLINE, Qemu
+
+__all__ = ["_adopt_orphans", "mount", "public"]
 
 PROBES = (0xFFFFFFFF81000000, 0xFFFFFFFF82000000, 0xFFFF888000000000, 0xFFFF888004000000)
 """Virtual addresses of a Linux kernel without KASLR: its text and data, and the direct map."""
