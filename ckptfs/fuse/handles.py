@@ -4,6 +4,7 @@ A handle translates between FUSE's requests and the guest; it decides nothing.
 """
 
 import errno
+import os
 import select
 from collections.abc import Callable
 
@@ -11,8 +12,9 @@ from pyfuse3 import FileInfo, FUSEError, PollHandle
 
 from ckptfs.fuse.control import Control
 from ckptfs.fuse.events import READABLE, Changes, EventLog
-from ckptfs.fuse.page_cache import FileRange, KernelPageCache
+from ckptfs.fuse.page_cache import KernelPageCache
 from ckptfs.fuse.ram_files import Opener, RAMFiles
+from ckptfs.fuse.settling import FileRange
 from ckptfs.guest.block import GuestBlock
 from ckptfs.guest.guest import Guest
 from ckptfs.guest.views import read_layout, refuse_written
@@ -133,16 +135,13 @@ class RAMHandle(Handle):
         ram_files.opened(self, inode, opener)
 
     async def read(self, offset: int, length: int) -> Buffer:
-        settling = self._page_cache.settling
-        if settling is not None:
-            await settling.admit(FileRange(self.inode, offset, offset + length), writing=False)
-        return await self._guest.read(self._block, offset, length)
+        request = FileRange(self.inode, offset, offset + length)
+        async with self._page_cache.read(request, for_cache=not self.opener.flags & os.O_DIRECT):
+            return await self._guest.read(self._block, offset, length)
 
     async def write(self, offset: int, data: bytes) -> int:
-        settling = self._page_cache.settling
-        if settling is not None:
-            await settling.admit(FileRange(self.inode, offset, offset + len(data)), writing=True)
-        return await self._guest.write(self._block, offset, data)
+        async with self._page_cache.written(FileRange(self.inode, offset, offset + len(data))):
+            return await self._guest.write(self._block, offset, data)
 
     def flush(self) -> None:
         self._ram_files.closed(self)

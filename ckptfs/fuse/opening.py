@@ -131,7 +131,7 @@ class Opening:
     async def _vmstate(self, opener: Opener) -> bytes:
         """The stream that starts a machine on this RAM, for whoever has this RAM as his own."""
         guest, ram_files = self._guest, self._ram_files
-        await self._page_cache.flush(list(guest.blocks))  # the kernel may hold pages that a machine has written
+        await guest.flush(list(guest.blocks))  # the kernel may hold pages that a machine has written
         left_out = backends_on(guest, self._options.backends)
         user, others = await trio.to_thread.run_sync(
             ram_users, opener.pid, ram_files.openers, ram_files.files(left_out)

@@ -1,161 +1,30 @@
-"""The kernel's page cache of RAM files, and how it is brought to rest for the one moment of an epoch.
+"""The kernel's page cache of RAM files: flushed, brought to rest for an epoch, forgotten, filled.
 
-Pages dirtied through a shared mmap live in the kernel until it writes them back, one after another: between
-the first and the last of them the writers go on, so a plain flush is no moment. FUSE can't stop such a
-writer, but it can take his pages away: evicting a page (FUSE_NOTIFY_INVAL_INODE) writes it back and unmaps
-it, and the next access must ask the daemon, which lets him wait until the epoch has begun.
-
-Evicting waits for the lock of every page that it meets, and a page whose READ or WRITE has not been answered is
-locked. So, for every request that comes in while RAM is brought to rest (`_Settling`):
-
-========================================  =========================================================
-pages of the request                      what happens to it
-========================================  =========================================================
-outside of what is evicted just now,      held: its pages are not in the cache, or locked by it, and
-and evicted already                       no mapping shows them
-still to be evicted                       served; they are evicted later
-evicted just now, READ                    held for `PATIENCE`: if the eviction ends first, it has passed
-                                          them, and they stay held; else it is waiting for them: served,
-                                          and evicted once more
-evicted just now, WRITE                   served (most of them are the eviction's own), evicted once more
-========================================  =========================================================
-
-When nothing is left to evict, every page is held by the daemon alone, and whoever touches one waits.
+All of that is system calls on our own mount, in threads: they wait for requests that this daemon answers, and
+nobody waits for them without an end. A thread is left behind when the command that wanted it is given up, and when
+nothing was written back for `KERNEL_DEADLINE`.
 """
 
-import errno
-import mmap
+import math
 import os
-import struct
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
-from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import Protocol, TypeVar, TypeVarTuple
 
 import trio
 
 from ckptfs.errors import StateError
+from ckptfs.fuse import connection
+from ckptfs.fuse.settling import FileRange, Settling, UnderWay, kernel_silent
 from ckptfs.qemu.backends import RAMFile
 
-PATIENCE = 0.005
-"""Seconds that a READ in the range which is evicted just now waits for the eviction to end."""
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
-SETTLE_DEADLINE = 20.0
-PIECE_LENGTH = 64 << 20
+KERNEL_DEADLINE = 20.0
+"""Seconds for which a flush or an eviction may go on without any WRITE."""
+
 WARM_LENGTH = 4 << 20
-
-_FUSE_NOTIFY_INVAL_INODE = 2
-_NOTIFICATION = struct.Struct("=IiQQqq")  # fuse_out_header, fuse_notify_inval_inode_out (linux/fuse.h)
-
-
-class FileRange(NamedTuple):
-    """Bytes [start, stop) of the file with inode number ``inode``."""
-
-    inode: int
-    start: int
-    stop: int
-
-    def whole_pages(self) -> "FileRange":
-        """The pages that this range touches: the kernel locks a page as a whole, for a byte of it as well."""
-        start = self.start // mmap.PAGESIZE * mmap.PAGESIZE
-        stop = -(-self.stop // mmap.PAGESIZE) * mmap.PAGESIZE
-        return FileRange(self.inode, start, stop)
-
-    def overlaps(self, other: "FileRange") -> bool:
-        """Whether the two share a byte."""
-        return self.inode == other.inode and self.start < other.stop and other.start < self.stop
-
-    def contains(self, other: "FileRange") -> bool:
-        """Whether all of ``other`` lies in this range."""
-        return self.inode == other.inode and self.start <= other.start and other.stop <= self.stop
-
-    def without(self, others: list["FileRange"]) -> list["FileRange"]:
-        """What is left of this range when ``others`` are cut out of it."""
-        left = []
-        start = self.start
-        for other in sorted(other for other in others if self.overlaps(other)):
-            if start < other.start:
-                left.append(FileRange(self.inode, start, other.start))
-            start = max(start, other.stop)
-        if start < self.stop:
-            left.append(FileRange(self.inode, start, self.stop))
-        return left
-
-
-class Settling:
-    """One attempt to bring all of ``files`` to rest; ``evict`` blocks and is called in a worker thread."""
-
-    def __init__(self, files: list[FileRange], evict: Callable[[FileRange], None]) -> None:
-        self._evict = evict
-        self._pending = [piece for file in files for piece in _pieces(file)]
-        self._active: FileRange | None = None
-        self._active_ended = trio.Event()
-        self._colliding: list[FileRange] = []
-        self._held: list[FileRange] = []
-        self._over = trio.Event()
-
-    async def admit(self, request: FileRange, *, writing: bool) -> None:
-        """Return when ``request`` may be served: now, or after the epoch has begun."""
-        if self._over.is_set():
-            return
-        request = request.whole_pages()
-        if self._active is not None and self._active.overlaps(request):
-            if writing or not await self._outlasts_eviction(request):
-                self._pending.append(request)
-                return
-        elif any(pending.overlaps(request) for pending in self._pending):
-            if not any(pending.contains(request) for pending in self._pending):
-                self._pending.append(request)
-            return
-        else:
-            self._held.append(request)
-        await self._over.wait()
-
-    async def _outlasts_eviction(self, request: FileRange) -> bool:
-        """Wait for the eviction to end; False if it does not, so that it may be waiting for ``request``."""
-        self._colliding.append(request)
-        ended = self._active_ended
-        with trio.move_on_after(PATIENCE):
-            await ended.wait()
-        if ended.is_set():
-            return True  # `evict_all` has moved the request to the held ones
-        self._colliding.remove(request)
-        return False
-
-    async def evict_all(self) -> None:
-        """Evict until nothing is left to evict. Raises StateError (EBUSY) if writers don't let that happen."""
-        with trio.move_on_after(SETTLE_DEADLINE):
-            while self._pending:
-                pieces = self._pending.pop().without(self._held)
-                self._pending += pieces[1:]
-                for piece in pieces[:1]:
-                    await self._evict_piece(piece)
-            return
-        raise StateError(
-            f"programs that write RAM through mmap did not let it come to rest in {SETTLE_DEADLINE:g} s; "
-            "stop them and try again"
-        )
-
-    async def _evict_piece(self, piece: FileRange) -> None:
-        self._active, self._active_ended = piece, trio.Event()
-        try:
-            await trio.to_thread.run_sync(self._evict, piece)
-        finally:
-            self._held += self._colliding
-            self._colliding = []
-            self._active = None
-            self._active_ended.set()
-
-    def release(self) -> None:
-        """Let every held request go on."""
-        self._over.set()
-
-
-def _pieces(file: FileRange) -> list[FileRange]:
-    """Cut a file into pieces, few enough for a huge one; the last comes first, for `list.pop`."""
-    length = max(PIECE_LENGTH, (file.stop - file.start) // 256 // PIECE_LENGTH * PIECE_LENGTH)
-    starts = range(file.start, file.stop, length)
-    return [FileRange(file.inode, start, min(start + length, file.stop)) for start in reversed(starts)]
 
 
 class CachedFiles(Protocol):
@@ -185,46 +54,95 @@ class KernelPageCache:
 
     def __init__(self, ram: CachedFiles) -> None:
         self._ram = ram
-        self.settling: Settling | None = None
+        self._settling: Settling | None = None
+        self._under_way = UnderWay()
+        self._one_at_a_time = trio.Lock()
+        self._threads = trio.CapacityLimiter(math.inf)  # the default one's might all wait for what we hold
+        self._watched: list[trio.CancelScope] = []
 
     @property
     def device(self) -> int:
         """st_dev of the mount."""
         return self._ram.device
 
-    @cached_property
-    def _fuse_fd(self) -> int:
-        return _find_fuse_descriptor()
-
     def files(self, idstrs: Iterable[str]) -> list[RAMFile]:
         """The files that the blocks are seen as."""
         return self._ram.files(idstrs)
+
+    @asynccontextmanager
+    async def read(self, request: FileRange, *, for_cache: bool) -> AsyncIterator[None]:
+        """Within this a READ may be carried out, which is the page cache's own or may be one for O_DIRECT."""
+        held = None if self._settling is None else self._settling.read_comes(request, for_cache=for_cache)
+        if held is not None:
+            await held.wait()
+        with self._under_way.one(request, writing=False):
+            yield
+
+    @asynccontextmanager
+    async def written(self, request: FileRange) -> AsyncIterator[None]:
+        """Within this a WRITE is carried out; left when it may be answered."""
+        for scope in self._watched:
+            scope.deadline = trio.current_time() + KERNEL_DEADLINE
+        held = None if self._settling is None else self._settling.write_comes(request)
+        with self._under_way.one(request, writing=True):
+            yield
+        if held is not None:
+            await held.wait()
 
     async def flush(self, idstrs: list[str]) -> None:
         """Have every page that was dirtied through mmap written to the daemon (fsync, in a worker thread)."""
         if self._ram.may_be_mapped:
             paths = [self._ram.file_of(idstr)[1] for idstr in idstrs]
-            await trio.to_thread.run_sync(self._fsync, paths)
+            await self._watch(self._fsync, paths)
 
     @asynccontextmanager
     async def settled(self, idstrs: list[str]) -> AsyncIterator[None]:
-        """Within this, the daemon holds the newest content of every page, and nothing can change it."""
+        """The daemon holds the newest content of every page, and nobody has seen a newer one, until the next await.
+
+        Writers that were quicker have a moment of rest until this ends.
+        """
         if not self._ram.may_be_mapped:
             yield
             return
-        await self.flush(idstrs)  # in large runs; evicting alone writes back page by page
-        self.settling = Settling([self._ram.file_of(idstr)[0] for idstr in idstrs], self._evict)
-        try:
-            await self.settling.evict_all()
-            yield
-        finally:
-            self.settling.release()
-            self.settling = None
+        async with self._one_at_a_time:
+            await self.flush(idstrs)  # in large runs; evicting alone writes back page by page
+            files = [self._ram.file_of(idstr)[0] for idstr in idstrs]
+            settling = Settling(files, self._evict, self._under_way)
+            self._settling = settling
+            try:
+                await settling.settle()
+                yield
+            finally:
+                self._settling = None
+                settling.release()
 
     async def forget(self, idstrs: Iterable[str]) -> None:
         """Have the kernel drop what it holds: the content has changed below it."""
-        for idstr in idstrs:
-            await trio.to_thread.run_sync(self._evict, self._ram.file_of(idstr)[0])
+        async with self._one_at_a_time:
+            for idstr in idstrs:
+                await self._watch(connection.evict, *self._ram.file_of(idstr)[0])
+
+    async def _evict(self, piece: FileRange) -> None:
+        await self._in_thread(connection.evict, *piece)
+
+    async def _watch(self, call: Callable[[*Ts], object], *args: *Ts) -> None:
+        """Run ``call`` in a thread; StateError (EBUSY) if it does not return and nothing is written back."""
+        with trio.CancelScope(deadline=trio.current_time() + KERNEL_DEADLINE) as scope:
+            self._watched.append(scope)
+            try:
+                await self._in_thread(call, *args)
+                return
+            finally:
+                self._watched.remove(scope)
+        raise kernel_silent(KERNEL_DEADLINE)
+
+    async def _in_thread(self, call: Callable[[*Ts], T], *args: *Ts) -> T:
+        return await trio.to_thread.run_sync(call, *args, abandon_on_cancel=True, limiter=self._threads)
+
+    async def come_back(self) -> None:
+        """Wait until no thread is in a system call on the mount."""
+        while self._threads.borrowed_tokens:  # noqa: ASYNC110 - those that were left behind tell nobody
+            await trio.sleep(0.01)
 
     async def warm(self, idstrs: list[str], start: int, length: int | None, channel_count: int) -> int:
         """Bring bytes of files into the cache, ``channel_count`` requests at a time; return how many bytes.
@@ -238,7 +156,7 @@ class KernelPageCache:
         async def warm_pieces() -> None:
             nonlocal warmed
             for path, at, stop in pieces:
-                warmed += await trio.to_thread.run_sync(self._read, path, at, stop - at)
+                warmed += await self._in_thread(self._read, path, at, stop - at)
 
         async with trio.open_nursery() as nursery:
             for _ in range(channel_count):
@@ -264,29 +182,3 @@ class KernelPageCache:
                 os.fsync(fd)
             finally:
                 os.close(fd)
-
-    def _evict(self, piece: FileRange) -> None:
-        message = _NOTIFICATION.pack(
-            _NOTIFICATION.size,
-            _FUSE_NOTIFY_INVAL_INODE,
-            0,
-            piece.inode,
-            piece.start,
-            piece.stop - piece.start,
-        )
-        try:
-            os.write(self._fuse_fd, message)
-        except OSError as error:
-            if error.errno != errno.ENOENT:  # the kernel does not know the inode: nothing of it is cached
-                raise
-
-
-def _find_fuse_descriptor() -> int:
-    """The descriptor of /dev/fuse that this process serves (pyfuse3 has one session a process)."""
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            if os.readlink(f"/proc/self/fd/{name}") == "/dev/fuse":
-                return int(name)
-        except OSError:
-            continue
-    raise StateError("no open descriptor of /dev/fuse: nothing is mounted")

@@ -8,7 +8,7 @@ import trio
 
 from ckptfs.channels.identity import Identity
 from ckptfs.fuse.nodes import Nodes
-from ckptfs.fuse.page_cache import FileRange
+from ckptfs.fuse.settling import FileRange
 from ckptfs.namespace.tree import RAM
 from ckptfs.qemu.backends import RAMFile
 

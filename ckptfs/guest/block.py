@@ -24,6 +24,7 @@ import numpy as np
 
 from ckptfs.guest.layer import Layer
 from ckptfs.guest.pages import PageSource
+from ckptfs.guest.turns import Turns
 from ckptfs.mapped_ram.bitmap import PagesBitmap
 
 
@@ -109,6 +110,7 @@ class GuestBlock:
         self.page_count = page_count
         self.page_size = page_size
         self.received = PagesBitmap(page_count)
+        self.turns = Turns()
         self.stack = PageStack(page_count, (Layer(idstr, page_count, page_size),), None, base)
 
     @property

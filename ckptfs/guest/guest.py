@@ -309,31 +309,56 @@ class Guest:
             raise StorageError(f"{block.idstr}: ends at byte {block.used_length:#x}", errno.ENOSPC)
         data = data if length == len(data) else data[:length]
         end = block_offset + length
-        edges = {
-            page
-            for page in (block_offset // self.page_size, (end - 1) // self.page_size)
-            if page * self.page_size < block_offset or end < (page + 1) * self.page_size
-        }
+        if self.writers_run and not block.turns.any_before(block_offset, end):
+            if self._edge_not_on_top(block, block_offset, end) is None:
+                block.store(block_offset, data)
+                return length
+            self._store_filled(block, block_offset, data)
+        async with block.turns.taken(block_offset, end):
+            await self._store_when_possible(block, block_offset, data)
+        return length
+
+    def _store_filled(self, block: GuestBlock, block_offset: int, data: bytes) -> None:
+        """Store the pages that ``data`` fills: those who have them mapped may have seen it before it came here."""
+        start = -(-block_offset // self.page_size) * self.page_size
+        stop = (block_offset + len(data)) // self.page_size * self.page_size
+        if start < stop:
+            block.store(start, memoryview(data)[start - block_offset : stop - block_offset])
+
+    async def _store_when_possible(self, block: GuestBlock, block_offset: int, data: bytes) -> None:
+        """Store ``data`` once writers run, and what else is in its first and last page is in the top layer."""
         # no await between the last look at the top layer and the write: a save puts a new layer on top
         while True:
             while not self.writers_run:
                 await self._writers_may_go.wait()
-            page = self._not_on_top(block, edges)
+            page = self._edge_not_on_top(block, block_offset, block_offset + len(data))
             if page is None:
                 break
             await self._fill(block, page)
         block.store(block_offset, data)
-        return length
 
-    @staticmethod
-    def _not_on_top(block: GuestBlock, pages: set[int]) -> int | None:
-        return next((page for page in pages if not block.stack.written[0].present.test(page)), None)
+    def _edge_not_on_top(self, block: GuestBlock, start: int, stop: int) -> int | None:
+        """The first or last page of bytes [start, stop), if it is covered in part and not in the top layer."""
+        for page in (start // self.page_size, (stop - 1) // self.page_size):
+            covered = start <= page * self.page_size and (page + 1) * self.page_size <= stop
+            if not covered and not block.stack.written[0].present.test(page):
+                return page
+        return None
 
     async def _fill(self, block: GuestBlock, page: int) -> None:
         """Bring a page that is going to be written in part into the top layer."""
         content = await self._gather(block, page, page + 1)
         if not block.stack.written[0].present.test(page):
             block.store(page * self.page_size, content)
+
+    async def flush(self, idstrs: list[str]) -> None:
+        """Have the pages that the kernel holds, and programs have changed, written to RAM.
+
+        Raises StateError (EBUSY) if the kernel does not get on with that, as it can't while `stop` holds writers.
+        """
+        if not self.writers_run:
+            raise StateError("writers of ram/ are held (stop): the kernel may hold what they wrote: `cont` first")
+        await self._page_cache.flush(idstrs)
 
     # ---- epochs ------------------------------------------------------------------------------------
 
@@ -369,7 +394,10 @@ class Guest:
         elif former is not None:
             await former.aclose()
         if epoch.carried:
-            await self.page_cache.forget(epoch.carried)
+            try:
+                await self._page_cache.forget(epoch.carried)
+            except StateError as error:
+                log.warning("ram/ may show what was there before the save: %s", error)
 
     async def thaw(self) -> None:
         """End every epoch that was not saved: what was written above it moves down into it."""

@@ -172,7 +172,7 @@ async def _capture(guest: Guest, machine: Machine) -> tuple[Epoch, Image] | None
                 "QEMU has none of its RAM on this mount: see `ckptfs qemu-args` for how to start it",
                 errno.EINVAL,
             )
-        flush = partial(page_cache.flush, list(found))
+        flush = partial(guest.flush, list(found))
         captured = await capture(monitor, flush, partial(guest.freeze, found))
     epoch, image = await trio.to_thread.run_sync(compose, captured, list(guest.blocks))
     guest.migrations.newest.downtime = captured.downtime

@@ -304,26 +304,48 @@ async def test_a_page_that_is_filled_while_an_epoch_begins_is_in_both(
     assert (await ram_of(guest))["pc.ram"] == expected
 
 
-async def test_a_page_that_is_filled_during_a_whole_save_loses_nothing(
-    guest: Guest, reads: GatedReads, tmp_path: Path
-) -> None:
-    """The page is written as a whole and saved while its fill still reads the former base."""
+async def test_the_newer_of_two_writes_of_a_page_comes_last(guest: Guest, reads: GatedReads) -> None:
+    """The older one waits for the rest of its page, which is in the base."""
     block = guest.blocks["pc.ram"]
-    await guest.write(block, 299 * PAGE, b"x")
     reads.shut()
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(guest.write, block, 5 * PAGE + 10, b"in part")
+        nursery.start_soon(guest.write, block, 5 * PAGE + 10, b"older " * 4)
         await reads.wait_for_reader()
-        for start, stop in RUNS:  # the save reads nothing from the base
-            await guest.write(block, start * PAGE, b"w" * (stop - start) * PAGE)
-        await save(guest, save_request(tmp_path / "checkpoint"))
+        nursery.start_soon(guest.write, block, 5 * PAGE + 16, b"newer")
+        await wait_all_tasks_blocked()
+        nursery.start_soon(guest.write, block, 5 * PAGE + 18, b"NEWEST")
+        await wait_all_tasks_blocked()
         reads.open()
-    expected = bytearray(PAGE_COUNT * PAGE)
-    for start, stop in RUNS:
-        expected[start * PAGE : stop * PAGE] = b"w" * (stop - start) * PAGE
-    assert ram_in(tmp_path / "checkpoint")["pc.ram"] == expected
-    expected[5 * PAGE + 10 : 5 * PAGE + 17] = b"in part"
-    assert (await ram_of(guest))["pc.ram"] == expected
+    assert bytes(await guest.read(block, 5 * PAGE + 10, 24)) == b"older neNEWEST" + (b"older " * 4)[14:]
+
+
+async def test_the_pages_that_a_write_fills_do_not_wait_for_its_edge(
+    guest: Guest, reads: GatedReads, tmp_path: Path
+) -> None:
+    """Whoever has them mapped sees them in the kernel's cache before the write comes here."""
+    block = guest.blocks["pc.ram"]
+    reads.shut()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(guest.write, block, 4 * PAGE, b"w" * (PAGE + 1))
+        await reads.wait_for_reader()
+        epoch = guest.freeze(guest.blocks)
+        assert bytes(epoch.stacks["pc.ram"].written[0].view(4, 5)) == b"w" * PAGE
+        reads.open()
+    await guest.thaw()
+    assert bytes(await guest.read(block, 4 * PAGE, PAGE + 1)) == b"w" * (PAGE + 1)
+
+
+@pytest.mark.parametrize("attempt", range(8))  # trio wakes tasks in random order
+async def test_writes_that_were_held_go_on_in_their_order(guest: Guest, attempt: int) -> None:
+    block = guest.blocks["pc.ram"]
+    await guest.hold_writers()
+    async with trio.open_nursery() as nursery:
+        for number in range(6):
+            nursery.start_soon(guest.write, block, 5 * PAGE + 100 * number, bytes([number + 1]) * PAGE)
+            await wait_all_tasks_blocked()
+        guest.let_writers_go()
+    content = bytes(await guest.read(block, 5 * PAGE, PAGE + 500))
+    assert content == b"".join(bytes([n]) * 100 for n in range(1, 6)) + bytes([6]) * PAGE
 
 
 async def test_a_read_during_a_whole_save_is_not_the_former_base(
