@@ -64,10 +64,84 @@ def count(text: str) -> int:
     return int(text)
 
 
+DIRECTORY = argument("directory", metavar="DIR", help="where the guest's RAM is mounted")
+FOLLOWED = (
+    argument("-q", "--quiet", action="store_true", help="say nothing but errors"),
+    argument("--json", action="store_true", help="print progress and answer as JSON, an object a line"),
+)
+"""The options of every command that may take its time."""
+
 OFFSET = argument("--offset", metavar="SIZE", type=size, default=0, help="where in FILE it begins (0x1000, 4k)")
 JSON = argument("--json", action="store_true", help="print one JSON object")
 
 COMMANDS = (
+    Command(
+        "save",
+        "write a checkpoint",
+        "Write a checkpoint, to the mounted file or to TARGET, and return when it is durable. Ctrl-C cancels; the "
+        "former checkpoint is there until the new one is.",
+        (
+            DIRECTORY,
+            argument("target", metavar="TARGET", nargs="?", help="another file than the mounted one: PATH or URI"),
+            argument("--ram-only", action="store_true", help="without the device state of a machine"),
+            argument("--force", action="store_true", help="replace the mounted file though somebody changed it"),
+            *FOLLOWED,
+        ),
+        "ckptfs.cli.operate:save",
+    ),
+    Command(
+        "restore",
+        "bring in everything",
+        "Read all of RAM into memory; after that the checkpoint's file is no longer needed.",
+        (DIRECTORY, *FOLLOWED),
+        "ckptfs.cli.operate:restore",
+    ),
+    Command(
+        "prefetch",
+        "warm the page cache",
+        "Have the kernel read RAM ahead: all of it, one block, or a part of one.",
+        (
+            DIRECTORY,
+            argument("name", metavar="NAME", nargs="?", help="the block ram/NAME"),
+            argument("start", metavar="START", nargs="?", help="where in the block it begins (0x1000, 4k)"),
+            argument("length", metavar="LENGTH", nargs="?", help="how long the part is"),
+            *FOLLOWED,
+        ),
+        "ckptfs.cli.operate:prefetch",
+    ),
+    Command(
+        "reset",
+        "drop what was written",
+        "Drop every written page: RAM is the checkpoint again. Refused while a program may write.",
+        (DIRECTORY, *FOLLOWED),
+        "ckptfs.cli.operate:reset",
+    ),
+    Command(
+        "cancel",
+        "end the running save, restore or prefetch",
+        "End what is running; nothing half-done stays under a final name.",
+        (DIRECTORY, *FOLLOWED),
+        "ckptfs.cli.operate:cancel",
+    ),
+    Command(
+        "wait",
+        "wait until no save or restore is running",
+        "Wait until no save or restore is running. Exit code 1: the newest one has failed, or was cancelled.",
+        (DIRECTORY, *FOLLOWED),
+        "ckptfs.cli.operate:wait",
+    ),
+    Command(
+        "umount",
+        "unmount, and wait until the storage is free",
+        "Unmount, and return when the daemon has ended and let go of its files. A running save is waited for; if "
+        "it fails, nothing is unmounted. Says how much of RAM was not saved.",
+        (
+            DIRECTORY,
+            argument("--save", action="store_true", help="save to the mounted file first"),
+            *FOLLOWED,
+        ),
+        "ckptfs.cli.umount:run",
+    ),
     Command(
         "info",
         "what a checkpoint holds, or how a mount stands",

@@ -12,6 +12,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import trio
+
 from ckptfs.channels.descriptors import describe_address
 from ckptfs.channels.identity import Identity
 from ckptfs.channels.lane import Lane
@@ -66,7 +68,8 @@ class Control:
         self._changes = changes
         self._sharing = sharing
         self._views = views
-        self._start_soon = start_soon
+        self.start_soon = start_soon
+        self._prefetches: set[trio.CancelScope] = set()
         self.last = Outcome(b"")
         self.last_command: str | None = None
 
@@ -99,7 +102,9 @@ class Control:
         if not command.nowait:
             return f"ok {await self._saved(request)}"
         self._guest.migrations.refuse_running()
-        self._go_on(lambda: self._saved(request))
+        begun = trio.Event()
+        self._go_on(lambda: self._saved(request), begun)
+        await begun.wait()  # so that whoever looks at status from now on sees it
         return f"ok saving to {describe_address(request.address)} in the background: follow it in status"
 
     async def _saved(self, request: SaveRequest) -> str:
@@ -115,10 +120,12 @@ class Control:
         known = self._known if _same_path(address, self._spec) else None
         return SaveRequest(address, identity, command.ram_only, known, command.force)
 
-    def _go_on(self, work: Callable[[], Awaitable[str]]) -> None:
+    def _go_on(self, work: Callable[[], Awaitable[str]], begun: trio.Event | None = None) -> None:
         """Run something that nobody waits for; its outcome is in status and in the log."""
 
         async def run() -> None:
+            if begun is not None:
+                begun.set()  # who waits for it comes after what follows here, up to the first await in it
             try:
                 log.info("%s", await work())
             except (CkptfsError, OSError) as error:
@@ -127,7 +134,7 @@ class Control:
             except Exception:
                 log.exception("in the background")
 
-        self._start_soon(run)
+        self.start_soon(run)
 
     async def _migrate_incoming(self, command: ctl.MigrateIncoming, identity: Identity) -> str:
         source = _absolute(command.source, identity)
@@ -145,6 +152,10 @@ class Control:
         return f"ok incoming from {describe_address(source)}"
 
     async def _cancel(self, command: ctl.Cancel, identity: Identity) -> str:
+        if self._prefetches and not self._guest.migrations.running:
+            for scope in self._prefetches:
+                scope.cancel()
+            return "ok prefetch cancelled"
         return f"ok {await self._guest.migrations.cancel()}"
 
     async def _migrate_continue(self, command: ctl.MigrateContinue, identity: Identity) -> str:
@@ -173,9 +184,16 @@ class Control:
                 raise CommandError(
                     f"START {command.start} is behind the end of ram/{command.name}: it has {size} bytes"
                 )
-        length = await self._page_cache.warm(
-            idstrs, command.start, command.length, guest.settings.parameters.multifd_channels
-        )
+        with trio.CancelScope() as scope:
+            self._prefetches.add(scope)
+            try:
+                length = await self._page_cache.warm(
+                    idstrs, command.start, command.length, guest.settings.parameters.multifd_channels
+                )
+            finally:
+                self._prefetches.remove(scope)
+        if scope.cancelled_caught:
+            raise StateError("the prefetch was cancelled", errno.ECANCELED)
         return f"ok {length} bytes are in the page cache"
 
     async def _reset(self, command: ctl.Reset, identity: Identity) -> str:

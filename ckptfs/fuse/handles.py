@@ -7,11 +7,12 @@ import errno
 import os
 import select
 from collections.abc import Callable
+from functools import partial
 
 from pyfuse3 import FileInfo, FUSEError, PollHandle
 
 from ckptfs.fuse.control import Control
-from ckptfs.fuse.events import READABLE, Changes, EventLog
+from ckptfs.fuse.events import READABLE, Changes, EventLog, Waiters
 from ckptfs.fuse.page_cache import KernelPageCache
 from ckptfs.fuse.ram_files import Opener, RAMFiles
 from ckptfs.fuse.settling import FileRange
@@ -180,23 +181,49 @@ class PagesHandle(Handle):
 
 
 class ControlHandle(Handle):
-    """ctl: one command a write; the answer is read from the same open file, wherever its position is."""
+    """ctl: one command a write; the answer is read from the same open file, wherever its position is.
+
+    One that was opened with O_NONBLOCK takes the command and returns at once; poll(2) tells of the answer.
+    """
 
     def __init__(self, inode: int, opener: Opener, control: Control) -> None:
         super().__init__(inode, opener)
         self._control = control
         self._identity = opener.identity()
         self._answer = control.last.line
+        self._running = False
+        self._waiters = Waiters()
 
     async def write(self, offset: int, data: bytes) -> int:
+        if self._running:
+            raise FUSEError(errno.EAGAIN)
         self._answer = b""
+        if self.opener.flags & os.O_NONBLOCK:
+            self._running = True
+            self._control.start_soon(partial(self._go_on, data))
+            return len(data)
         outcome = await self._control.execute(data, self._identity)
         self._answer = outcome.line
         if outcome.errno:
             raise FUSEError(outcome.errno)
         return len(data)
 
+    async def _go_on(self, data: bytes) -> None:
+        outcome = await self._control.execute(data, self._identity)
+        self._answer = outcome.line
+        self._running = False
+        self._waiters.wake()
+
+    def poll(self, poll_handle: PollHandle | None) -> int:
+        self._waiters.add(self, poll_handle)
+        return 0 if self._running else READABLE | select.POLLOUT
+
+    def release(self) -> None:
+        self._waiters.remove(self)
+
     async def read(self, offset: int, length: int) -> Buffer:
+        if self._running and self.opener.flags & os.O_NONBLOCK:
+            raise FUSEError(errno.EAGAIN)
         part, self._answer = self._answer[:length], self._answer[length:]
         return part
 

@@ -156,7 +156,8 @@ class KernelPageCache:
         async def warm_pieces() -> None:
             nonlocal warmed
             for path, at, stop in pieces:
-                warmed += await self._in_thread(self._read, path, at, stop - at)
+                count = await self._in_thread(self._read, path, at, stop - at)
+                warmed += count  # only now: the others have counted meanwhile
 
         async with trio.open_nursery() as nursery:
             for _ in range(channel_count):

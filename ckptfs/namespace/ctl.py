@@ -507,6 +507,10 @@ read from the same open file:
 
     exec 3<>ctl; echo save >&3; cat <&3
 
+A program that must not stand in the kernel meanwhile opens ctl with O_NONBLOCK: the write takes the command and
+returns at once, poll(2) tells (POLLIN) when the answer can be read, `ok ...` or `error: ...`, and until then read
+and write fail with EAGAIN. The command goes on when the file is closed. `ckptfs save` and its like work this way.
+
 Words are separated by spaces and quoted as in a shell: `save "/ckpt/my vm"`. SIZE, START and LENGTH are written as
 in QEMU: `4096`, `0x1000`, `4k`, `1.5G`. This file is made by `ckptfs.namespace.ctl.markdown()`.
 """

@@ -1,0 +1,56 @@
+"""ckptfs save, restore, prefetch, reset, cancel, wait: ctl's commands, which can be interrupted and killed here."""
+
+import argparse
+import json
+import shlex
+
+from ckptfs.cli.control import perform, wait_until_idle
+from ckptfs.cli.progress import display_for
+
+
+def save(arguments: argparse.Namespace) -> int:
+    """Write a checkpoint."""
+    words = [_path(arguments.target)] if arguments.target else []
+    words += [word for word in ("ram-only", "force") if getattr(arguments, word.replace("-", "_"))]
+    return _run(arguments, "save", *words)
+
+
+def restore(arguments: argparse.Namespace) -> int:
+    """Bring in everything."""
+    return _run(arguments, "restore")
+
+
+def prefetch(arguments: argparse.Namespace) -> int:
+    """Warm the kernel's cache."""
+    words = (arguments.name, arguments.start, arguments.length)
+    return _run(arguments, "prefetch", *(word for word in words if word is not None))
+
+
+def reset(arguments: argparse.Namespace) -> int:
+    """Drop every written page."""
+    return _run(arguments, "reset")
+
+
+def cancel(arguments: argparse.Namespace) -> int:
+    """End what runs."""
+    return _run(arguments, "cancel")
+
+
+def wait(arguments: argparse.Namespace) -> int:
+    """Wait until nothing runs."""
+    wait_until_idle(arguments.directory, display_for(arguments))
+    return 0
+
+
+def _run(arguments: argparse.Namespace, *words: str) -> int:
+    answer = perform(arguments.directory, shlex.join(words), display_for(arguments))
+    if arguments.json:
+        print(json.dumps({"answer": answer}))
+    elif not arguments.quiet:
+        print(answer)
+    return 0
+
+
+def _path(target: str) -> str:
+    """ctl takes a word without a slash for a misspelt one; here it can be a path alone."""
+    return target if "/" in target or ":" in target else f"./{target}"

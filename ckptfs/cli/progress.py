@@ -1,0 +1,126 @@
+"""How a command goes: a bar on a terminal, a line now and then elsewhere, JSON lines, or nothing."""
+
+import argparse
+import json
+import sys
+from types import TracebackType
+from typing import Protocol, Self
+
+from ckptfs.cli.mounted import Status
+
+MiB = 1 << 20
+
+
+class Display(Protocol):
+    """Is shown status.json again and again, from `with` to its end."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+
+    def show(self, status: Status) -> None:
+        """Show how it stands."""
+
+
+def display_for(arguments: argparse.Namespace) -> Display:
+    """What the options ``quiet`` and ``json`` ask for, and what stderr is."""
+    if arguments.json:
+        return JSONLines()
+    if arguments.quiet:
+        return Nothing()
+    return Bar() if sys.stderr.isatty() else Lines()
+
+
+def extent(status: Status) -> tuple[int, int] | None:
+    """How many bytes of the running save or restore are done, and of how many; None if that is not known yet."""
+    ram = status["migration"].get("ram")
+    if status["state"] == "idle" or not ram or not ram["total"]:
+        return None
+    return ram["total"] - ram["remaining"], ram["total"]
+
+
+class Nothing:
+    """Shows nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def show(self, status: Status) -> None:
+        """Show nothing."""
+
+
+class Lines(Nothing):
+    """A line for every tenth that is done."""
+
+    def __init__(self) -> None:
+        self._tenths = 0
+
+    def show(self, status: Status) -> None:
+        """Print a line if one is due."""
+        done_of = extent(status)
+        if done_of is None:
+            return
+        done, total = done_of
+        tenths = done * 10 // total
+        if tenths > self._tenths:
+            self._tenths = tenths
+            print(f"{status['state']}: {tenths * 10}% of {total / MiB:.0f} MiB", file=sys.stderr, flush=True)
+
+
+class JSONLines(Nothing):
+    """One JSON object a line on stdout: the state, and query-migrate's answer as QEMU has it."""
+
+    def __init__(self) -> None:
+        self._last = ""
+
+    def show(self, status: Status) -> None:
+        """Print what has changed."""
+        line = json.dumps({"state": status["state"], "migration": status["migration"]})
+        if line != self._last and status["state"] != "idle":
+            self._last = line
+            print(line, flush=True)
+
+
+class Bar(Nothing):
+    """A bar with what is done, the speed, and the time left."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(),
+        )
+        self._progress = Progress(*columns, console=Console(stderr=True), transient=True, expand=True)
+        self._task = self._progress.add_task("", total=None, visible=False)
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def show(self, status: Status) -> None:
+        """Move the bar."""
+        done_of = extent(status)
+        if done_of is not None:
+            done, total = done_of
+            description = f"{status['state']} ({status['migration']['status']})"
+            self._progress.update(self._task, description=description, completed=done, total=total, visible=True)
