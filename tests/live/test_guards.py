@@ -144,6 +144,26 @@ async def test_save_after_a_guest_has_run(checkpoints: LiveCheckpoints, mount: M
     mounted.ctl(f"save {tmp_path / 'more'}")
 
 
+async def test_save_after_the_machine_that_was_saved_has_gone(
+    checkpoints: LiveCheckpoints, mount: Mount, tmp_path: Path
+) -> None:
+    checkpoint = checkpoints.live(SMALL)
+    mounted = mount(tmp_path / "checkpoint", SMALL.ram_option)
+    async with SMALL.on(mounted.ram, checkpoint.guest, incoming="defer") as vm:
+        await vm.load(checkpoint.path)
+        await vm.tick()
+        mounted.ctl(f"qmp {vm.qmp_path}")
+        mounted.ctl("save")
+        await goes_on(vm)
+    mounted.ctl("qmp none")
+    with pytest.raises(PermissionError, match="a machine has run on this RAM"):
+        mounted.ctl(f"save {tmp_path / 'refused'}")
+    assert not (tmp_path / "refused").exists()
+    mounted.ctl("reset")
+    assert mounted.status()["vmstate"] == "ready"
+    assert_holds(mounted.ram, tmp_path / "checkpoint")
+
+
 async def test_pages_patched_by_hand_keep_the_device_state(
     checkpoints: LiveCheckpoints, mount: Mount, guest_files: Guest, tmp_path: Path
 ) -> None:
