@@ -5,7 +5,8 @@ waits for the thread can go: when a command is cancelled, the mount ends, or a d
 moment to come back first. The next call on the file waits for it: nothing is closed or removed under its hands.
 
 Who goes must know whether the call still counts. One token decides that, and who takes it first: the thread, when
-it has its result or is about to do what can't be undone; or the waiter, when he goes.
+it has its result or is about to do what can't be undone; or the waiter, when he goes. A result that comes while he
+goes is undone all the same, unless the call has committed itself.
 """
 
 import contextlib
@@ -82,12 +83,10 @@ class Lane:
                 self._token, self._committed = token, False
                 try:
                     result = call()
-                    try:
-                        self.commit()
-                    except LeftBehindError:
-                        undo(result)
-                    else:
+                    if self._committed or token.take():
                         results.append(result)
+                    else:
+                        undo(result)
                 except BaseException as error:  # noqa: BLE001 - it is raised where the call is waited for
                     if self._committed or token.take():
                         errors.append(error)
@@ -99,7 +98,10 @@ class Lane:
             with trio.CancelScope(deadline=trio.current_time() + deadline):
                 await answered.wait()
         except trio.Cancelled:
-            if await _leave(token, answered):
+            if await _leave(token, answered) or not self._committed:
+                if results:
+                    with trio.CancelScope(shield=True):
+                        await trio.to_thread.run_sync(undo, results.pop())
                 raise
         if not answered.is_set() and await _leave(token, answered):
             raise NoAnswerError(deadline)

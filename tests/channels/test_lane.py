@@ -111,6 +111,21 @@ async def test_a_call_that_was_left_behind_can_not_commit(steps: list[str], mock
     assert not steps
 
 
+async def test_a_result_that_comes_with_the_cancellation_is_undone(steps: list[str]) -> None:
+    lane = Lane()
+    call = Call(steps, "done")
+    with trio.CancelScope() as scope:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(lambda: lane.ask(call, undo=lambda result: steps.append(f"undo {result}")))
+            await call.wait_for(call.started)
+            call.end()
+            while not steps:
+                pass  # the thread goes on, and trio does not
+            scope.cancel()
+    assert scope.cancelled_caught
+    assert steps == ["done", "undo done"]
+
+
 async def test_a_call_that_has_committed_counts_whoever_cancels(steps: list[str]) -> None:
     lane = Lane()
     call = Call(steps, "done", lane.commit)

@@ -392,8 +392,12 @@ def save_behind(path: Path, stream_offset: int, content: bytes = NEWER) -> None:
     target.publish()
 
 
+@pytest.mark.parametrize("copy_length", [1000, 1 << 24])
 @pytest.mark.parametrize("stream_offset", [1, 4096, 5000, len(PREFIX)])
-def test_the_bytes_before_the_stream_are_taken_over(directory: Path, stream_offset: int) -> None:
+def test_the_bytes_before_the_stream_are_taken_over(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, stream_offset: int, copy_length: int
+) -> None:
+    monkeypatch.setattr("ckptfs.channels.target._COPY_LENGTH", copy_length)
     path = directory / "vm1"
     path.write_bytes(PREFIX[:stream_offset])
     save_behind(path, stream_offset, FORMER)

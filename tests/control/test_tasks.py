@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 import trio
-import trio.testing
 
+from ckptfs.channels.channels import Channels
 from ckptfs.channels.identity import Identity
 from ckptfs.errors import CkptfsError
 from ckptfs.guest.guest import Guest
@@ -131,12 +131,34 @@ async def test_a_save_that_is_cancelled_in_each_state(guest: Guest, tmp_path: Pa
     assert number > 3  # setup, active, device, and then completed
 
 
+def note_closing(monkeypatch: pytest.MonkeyPatch) -> list[Channels]:
+    """The channels of a save, once they are told to close."""
+    closing: list[Channels] = []
+    aclose = Channels.aclose
+
+    async def noted(channels: Channels) -> None:
+        closing.append(channels)
+        await aclose(channels)
+
+    monkeypatch.setattr(Channels, "aclose", noted)
+    return closing
+
+
+async def wait_until_it_waits(closing: list[Channels], guest: Guest) -> None:
+    """Return when a save that is ending waits for its payloads, or has ended without that."""
+    while guest.migrations.newest.running:
+        if closing and closing[0]._all_returned.statistics().tasks_waiting:
+            return
+        await trio.lowlevel.checkpoint()
+
+
 async def test_a_save_is_over_only_when_nothing_writes_any_more(
     guest: Guest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = living()
     inside, may_go_on = threading.Event(), threading.Event()
     pwritev = os.pwritev
+    closing = note_closing(monkeypatch)
 
     def held(*args: Any) -> int:
         inside.set()
@@ -148,7 +170,7 @@ async def test_a_save_is_over_only_when_nothing_writes_any_more(
         nursery.start_soon(tried, lambda: save(guest, request(tmp_path / "again")))
         await trio.to_thread.run_sync(inside.wait)
         nursery.start_soon(tried, guest.migrations.cancel)
-        await trio.testing.wait_all_tasks_blocked()
+        await wait_until_it_waits(closing, guest)
         assert guest.migrations.newest.status == "cancelling"
         may_go_on.set()
     assert guest.migrations.newest.status == "cancelled"

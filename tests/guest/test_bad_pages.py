@@ -139,6 +139,20 @@ async def test_a_bad_page_that_was_written_harms_nobody(
     assert ram_in(tmp_path / "checkpoint")["pc.ram"] == expected
 
 
+async def test_a_bad_page_beside_one_that_was_written_is_still_bad(
+    guest: Guest, bad_sectors: BadSectors, tmp_path: Path
+) -> None:
+    bad_sectors.pages = {4, 6}
+    await guest.write(guest.blocks["pc.ram"], 4 * PAGE, b"w" * PAGE)
+    assert 6 in await bad_pages_in(guest, 0, 10)
+    assert ("pc.ram", 6) in guest.readers.bad_pages
+    with pytest.raises(BadPagesError, match=r"pc\.ram: page .*6 can't be read"):
+        await save(guest, save_request(tmp_path / "checkpoint"))
+    assert os.listdir(tmp_path) == ["golden"]
+    await guest.write(guest.blocks["pc.ram"], 6 * PAGE, b"w" * PAGE)
+    assert await read(guest, 4, 7) == b"w" * PAGE + PAGES[5] + b"w" * PAGE
+
+
 async def test_bad_pages_can_not_be_saved(guest: Guest, bad_sectors: BadSectors, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
     await save(guest, save_request(path))
