@@ -2,7 +2,7 @@
 
 An image says what goes into the file beside bitmaps and pages; the layout of a mapped-ram file says where
 everything goes, the frame of a plain one what comes before and after its page records. The only liberty: the RAM
-section has its START and END, and no PART or command between them.
+section has its START and END, and no PART or command between them. The trailer, if there is one, comes last.
 
 x-ignore-shared together with mapped-ram is written as QEMU's development tree after 11.1 has it: QEMU 10.2 and
 older write such a file and can't read it.
@@ -35,6 +35,7 @@ from ckptfs.mapped_ram.stream import (
     uuid_of,
     with_uuid,
 )
+from ckptfs.mapped_ram.trailer import NO_TRAILER, Trailer
 from ckptfs.mapped_ram.vmdesc import empty_vmdesc, vmdescs, with_configuration
 
 ALIGNMENT = 0x100000
@@ -48,7 +49,7 @@ class Image:
     ``subsections`` are verbatim configuration subsections, without the ``capabilities``. ``blocks`` are in stream
     order; wherever their pages were before does not matter, and those that are ``ignored`` stay out. ``setup``
     holds the early FULL sections, and ``device_state`` everything after the RAM section: sections, EOF,
-    VMDESCRIPTION; both verbatim.
+    VMDESCRIPTION; both verbatim. If ``opaque``, only QEMU can tell where that ends, and the ``trailer`` stays out.
     """
 
     machine: str
@@ -61,6 +62,8 @@ class Image:
     device_state: bytes
     footers: bool = True
     bitmap_byteorder: Byteorder = "little"
+    opaque: bool = False
+    trailer: Trailer = NO_TRAILER
 
     def configured(
         self, capabilities: tuple[str, ...], uuid: UUID | None, ignored: Collection[str] = ()
@@ -86,6 +89,10 @@ class Image:
             blocks=tuple(replace(block, ignored=block.idstr in ignored) for block in self.blocks),
             device_state=device_state,
         )
+
+    def tail(self) -> bytes:
+        """What comes after the RAM section, to the end of the file."""
+        return self.device_state + (b"" if self.opaque else self.trailer.encode())
 
     def header(self) -> bytes:
         """The stream's beginning: header, configuration, and the RAM section's START up to its list of blocks."""
@@ -137,7 +144,7 @@ def layout(image: Image, stream_offset: int = 0, alignment: int = ALIGNMENT) -> 
     extent += encode_eos() + encode_footer(image.ram_section_id, footers=image.footers)
     extent += image.setup
     extent += encode_ram_section(SectionType.END, image.ram_section_id, footers=image.footers)
-    extent += image.device_state
+    extent += image.tail()
     extents.append((extent_offset, extent))
     return Layout(extents, tuple(blocks), extent_offset + len(extent))
 
@@ -148,11 +155,11 @@ def frame(image: Image) -> tuple[bytes, bytes]:
     ram_end = encode_eos() + encode_footer(section_id, footers=footers)
     blocks = b"".join(encode_block(block, image.capabilities) for block in image.blocks)
     before = image.header() + blocks + ram_end + image.setup + encode_part_header(SectionType.END, section_id)
-    return before, ram_end + image.device_state
+    return before, ram_end + image.tail()
 
 
-def image_of(checkpoint: Checkpoint, setup: bytes, device_state: bytes) -> Image:
-    """The image that makes the same stream again, but for its pages; see `Image.configured`.
+def image_of(checkpoint: Checkpoint, setup: bytes, device_state: bytes, trailer: Trailer = NO_TRAILER) -> Image:
+    """The image that makes the same file again, but for its pages; see `Image.configured`.
 
     ``setup`` and ``device_state`` are ``read_setup`` and ``read_device_state`` of it.
     """
@@ -167,6 +174,8 @@ def image_of(checkpoint: Checkpoint, setup: bytes, device_state: bytes) -> Image
         device_state=device_state,
         footers=checkpoint.footers,
         bitmap_byteorder=checkpoint.bitmap_byteorder,
+        opaque=checkpoint.opaque,
+        trailer=trailer,
     )
 
 
