@@ -8,7 +8,7 @@ mkdir vm1
 mount.ckptfs vm1.ckpt vm1 -o ram=pc.ram:64M    # a new guest's RAM: 64 MiB of zeros
 echo "hello, RAM" | dd of=vm1/ram/pc.ram bs=1 seek=1M conv=notrunc status=none
 echo save > vm1/ctl                            # 0: vm1.ckpt is complete and on the disk
-cat vm1/ctl                                    # ok saved vm1.ckpt: 1 pages, 16383 zero, ...
+cat vm1/ctl                                    # ok saved vm1.ckpt: 1 page, 16383 zero, ...
 umount vm1                                     # the daemon ends, and with it what was not saved
 
 ckptfs info vm1.ckpt                           # blocks, pages, devices, whether it is complete

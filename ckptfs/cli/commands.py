@@ -72,7 +72,7 @@ FOLLOWED = (
 """The options of every command that may take its time."""
 
 OFFSET = argument("--offset", metavar="SIZE", type=size, default=0, help="where in FILE it begins (0x1000, 4k)")
-JSON = argument("--json", action="store_true", help="print one JSON object")
+JSON = argument("--json", action="store_true", help="print one JSON object, or an array of them for several")
 
 COMMANDS = (
     Command(
@@ -145,10 +145,11 @@ COMMANDS = (
     Command(
         "info",
         "what a checkpoint holds, or how a mount stands",
-        "Show what a checkpoint holds: machine, RAM blocks, device sections, whether it is complete. "
+        "Show what a checkpoint holds: machine, RAM blocks, device sections, whether it is complete, and which "
+        "QEMU was saved, if it remembers. "
         "Of a mounted directory: the same, and how its pages stand. Exit code 1: it is no sound checkpoint.",
         (
-            argument("path", metavar="FILE_OR_DIR", help="a checkpoint, or where one is mounted"),
+            argument("paths", metavar="FILE_OR_DIR", nargs="+", help="a checkpoint, or where one is mounted"),
             OFFSET,
             JSON,
         ),

@@ -5,24 +5,24 @@ people from that object.
 """
 
 import argparse
-import errno
 import json
 import os
+import shlex
 import stat
+import sys
 import textwrap
+import time
 from collections import Counter
-from collections.abc import Mapping
 from typing import Any
 
-from ckptfs.channels.backing_file import FileSource
+from ckptfs.channels.opened import open_file
 from ckptfs.cli.mounted import is_dead_mount, read_status
-from ckptfs.errors import CheckpointError, StorageError
+from ckptfs.errors import CkptfsError
+from ckptfs.foreign.content import Content
 from ckptfs.mapped_ram.bitmap import PagesBitmap
-from ckptfs.mapped_ram.checkpoint import Checkpoint, read_checkpoint
-from ckptfs.mapped_ram.precopy import read_precopy
+from ckptfs.mapped_ram.checkpoint import Checkpoint
 from ckptfs.mapped_ram.ramblock import RAMBlock
 from ckptfs.mapped_ram.sections import Section
-from ckptfs.mapped_ram.stream import Cursor, is_mapped_ram, read_stream_header
 from ckptfs.namespace.status import printable
 
 Document = dict[str, Any]
@@ -32,15 +32,31 @@ _UNITS = (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the description of a file or a mount."""
-    if os.path.isdir(arguments.path) or is_dead_mount(arguments.path):
-        document = describe_mount(arguments.path)
-        text = format_mount
-    else:
-        document = describe_file(arguments.path, arguments.offset)
-        text = format_file
-    print(json.dumps(document, indent=2) if arguments.json else text(document))
-    return 0
+    """Print the descriptions of files and mounts; 1 if one of them is none that can be described."""
+    documents, failed = [], False
+    for path in arguments.paths:
+        try:
+            documents.append(describe(path, arguments.offset))
+        except (CkptfsError, OSError) as error:
+            print(error if isinstance(error, CkptfsError) else f"{path}: {error.strerror}", file=sys.stderr)
+            failed = True
+    if arguments.json and documents:
+        print(json.dumps(documents[0] if len(arguments.paths) == 1 else documents, indent=2))
+    elif documents:
+        print("\n\n".join(map(format_document, documents)))
+    return int(failed)
+
+
+def describe(path: str, stream_offset: int) -> Document:
+    """Describe what is at ``path``: a mount's directory, or a file."""
+    if os.path.isdir(path) or is_dead_mount(path):
+        return describe_mount(path)
+    return describe_file(path, stream_offset)
+
+
+def format_document(document: Document) -> str:
+    """Write a description for people."""
+    return format_mount(document) if "mount" in document else format_file(document)
 
 
 def describe_file(path: str, stream_offset: int) -> Document:
@@ -49,21 +65,13 @@ def describe_file(path: str, stream_offset: int) -> Document:
     Raises CheckpointError, naming file and byte, if it is not whole and sound; StorageError or OSError if it
     can't be read.
     """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # NONBLOCK: a FIFO must not hang us
-    try:
-        status = os.fstat(fd)
-        if not (stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode)):
-            raise StorageError(f"{path}: is not a regular file, so it is no checkpoint", errno.EINVAL)
-        try:
-            kind, checkpoint, file_bmaps = _read(FileSource(fd), stream_offset)
-        except CheckpointError as error:
-            raise CheckpointError(f"{path}: {error}") from None
-    finally:
-        os.close(fd)
-    blocks = [_describe_block(block, file_bmaps.get(block.idstr)) for block in checkpoint.blocks]
+    with open_file(path, stream_offset) as opened:
+        stored = os.fstat(opened.fd).st_blocks * 512
+    checkpoint, content = opened.checkpoint, opened.content
+    blocks = [_describe_block(block, content.file_bmaps.get(block.idstr)) for block in checkpoint.blocks]
     return {
         "file": path,
-        "format": kind,
+        "format": content.kind,
         "complete": all(block["present"] for block in blocks) and not checkpoint.vmdesc_cut,
         "machine": printable(checkpoint.machine),
         "run-state": checkpoint.run_state,
@@ -71,22 +79,28 @@ def describe_file(path: str, stream_offset: int) -> Document:
         "capabilities": [printable(name) for name in checkpoint.capabilities],
         "offset": checkpoint.stream_offset,
         "end": checkpoint.end_offset,
-        "length": status.st_size,
-        "stored": status.st_blocks * 512,
+        "length": opened.length,
+        "stored": stored if stat.S_ISREG(opened.mode) else None,
         "page-size": checkpoint.page_size,
         "blocks": blocks,
         "devices": None if checkpoint.opaque else [_describe_section(section) for section in _sections(checkpoint)],
         "device-state-length": checkpoint.device_state_length,
         "vmdesc": _describe_vmdesc(checkpoint),
+        "trailer": _describe_trailer(content),
     }
 
 
-def _read(source: FileSource, stream_offset: int) -> tuple[str, Checkpoint, Mapping[str, PagesBitmap]]:
-    """Read the stream; return its format, and the pages with data of each block that is in the file."""
-    if is_mapped_ram(read_stream_header(Cursor(source, stream_offset))):
-        return "mapped-ram", *read_checkpoint(source, stream_offset)
-    stream = read_precopy(source, stream_offset)
-    return "precopy", stream.checkpoint, {idstr: stream.file_bmap(idstr) for idstr in stream.page_offsets}
+def _describe_trailer(content: Content) -> Document:
+    """What is behind the stream: ``problem`` says why nothing of it can be read; ``machine`` is who was saved."""
+    machine = content.trailer.machine
+    return {
+        "problem": content.trailer_problem,
+        "entries": [
+            {"name": printable(entry.name), "depends": int(entry.depends), "length": len(entry.payload)}
+            for entry in content.trailer.entries
+        ],
+        "machine": None if machine is None else machine.describe(),
+    }
 
 
 def _describe_block(block: RAMBlock, file_bmap: PagesBitmap | None) -> Document:
@@ -136,8 +150,9 @@ def format_file(document: Document) -> str:
         f"{document['file']}: {document['format']} checkpoint, {_completeness(document)}",
         f"machine  {_machine(document['machine'], document['run-state'])}",
         *([] if document["uuid"] is None else [f"uuid     {document['uuid']}"]),
-        f"stream   bytes {document['offset']:#x} to {document['end']:#x} of {document['length']:#x}, "
-        f"{_size(document['stored'])} stored",
+        f"stream   bytes {document['offset']:#x} to {document['end']:#x} of {document['length']:#x}"
+        + ("" if document["stored"] is None else f", {_size(document['stored'])} stored"),
+        *_saved_machine(document["trailer"]),
         *_table(document["blocks"], ("data-pages", "zero-pages")),
     ]
     if document["devices"] is None:
@@ -145,6 +160,21 @@ def format_file(document: Document) -> str:
     else:
         lines += _devices([section["idstr"] for section in document["devices"]])
     return "\n".join(lines)
+
+
+def _saved_machine(trailer: Document) -> list[str]:
+    """What the trailer tells of the machine that was saved."""
+    if trailer["problem"] is not None:
+        return [f"trailer  can't be read, as if there were none: {trailer['problem']}"]
+    machine = trailer["machine"]
+    if machine is None:
+        return []
+    when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(machine["time"]))
+    command = shlex.join([machine["program"], *machine["arguments"]])
+    return [
+        printable(f"saved    {when} on {machine['host']} by ckptfs {machine['ckptfs']}, QEMU {machine['qemu']}"),
+        printable(f"command  {command}"),
+    ]
 
 
 def _completeness(document: Document) -> str:

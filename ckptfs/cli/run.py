@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NoReturn
 
-from ckptfs.channels.backing_file import FileSource
+from ckptfs.channels.opened import open_file
 from ckptfs.errors import CheckpointError, CommandError, StateError
 from ckptfs.guest.resume import check_mappable, inherited_file, vmstate_of
 from ckptfs.mapped_ram.bitmap import PagesBitmap
-from ckptfs.mapped_ram.checkpoint import Checkpoint, read_checkpoint
+from ckptfs.mapped_ram.checkpoint import Checkpoint
 from ckptfs.mapped_ram.ramblock import RAMBlock
 from ckptfs.qemu.backends import is_backend
 from ckptfs.qemu.clones import Clone, MACAddresses, arguments_of
@@ -118,18 +118,16 @@ def _resuming(resumed: Resumed, options: Sequence[Option], path: str, vmstate: s
 
 @contextmanager
 def _opened(arguments: argparse.Namespace) -> Iterator[Resumed]:
-    path = arguments.file
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        checkpoint, file_bmaps = read_checkpoint(FileSource(fd), arguments.offset)
-        backends = tuple(block for block in checkpoint.blocks if is_backend(block.idstr))
-        yield Resumed(path, fd, checkpoint, file_bmaps, backends)
-    except CheckpointError as error:
-        raise error.of_file(path) from None
-    except StateError as error:
-        raise StateError(f"{path}: {error}", error.errno) from None
-    finally:
-        os.close(fd)
+    with open_file(arguments.file, arguments.offset) as opened:
+        try:
+            if opened.content.stream is not None:
+                raise StateError("is a plain stream, which QEMU can't map: mount it, and `save` to another name")
+            backends = tuple(block for block in opened.checkpoint.blocks if is_backend(block.idstr))
+            yield Resumed(opened.path, opened.fd, opened.checkpoint, opened.file_bmaps, backends)
+        except CheckpointError as error:
+            raise error.of_file(opened.path) from None
+        except StateError as error:
+            raise StateError(f"{opened.path}: {error}", error.errno) from None
 
 
 def _program(resumed: Resumed, named: str | None) -> str:

@@ -17,14 +17,14 @@ from ckptfs.channels.buffers import AlignedBuffers
 from ckptfs.channels.channels import BACKING_DEADLINE, CLOSING_DEADLINE, Channel, Channels, NoAnswerError
 from ckptfs.channels.version import FileVersion
 from ckptfs.errors import CheckpointError, CkptfsError, CommandError, StorageError
+from ckptfs.foreign.content import Content, read_content, read_header
 from ckptfs.guest.block import BaseBlock
 from ckptfs.guest.pages import MappedPages, PageSource, RecordedPages
 from ckptfs.mapped_ram.bitmap import PagesBitmap, Run
-from ckptfs.mapped_ram.checkpoint import Checkpoint, read_checkpoint, read_device_state, read_setup
+from ckptfs.mapped_ram.checkpoint import read_device_state, read_setup
 from ckptfs.mapped_ram.layout import Image, image_of
-from ckptfs.mapped_ram.precopy import read_precopy
 from ckptfs.mapped_ram.ramblock import RAMBlock
-from ckptfs.mapped_ram.stream import Cursor, is_mapped_ram, read_stream_header, uuid_of
+from ckptfs.mapped_ram.stream import is_mapped_ram, uuid_of
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ class Base:
         self.version = FileVersion.of(file.fd)
         """Which file it is, and as of when."""
         with contextlib.ExitStack() as undo:
-            header = read_stream_header(Cursor(source, stream_offset))
+            header = read_header(source, stream_offset)
             uuid = uuid_of(header.subsections)
             if uuid is not None and options.uuid not in (None, uuid):
                 raise CheckpointError(f"UUID received is {uuid} and local is {options.uuid}", stream_offset)
@@ -126,8 +126,14 @@ class Base:
             direct_io = options.direct_io if mapped else DirectIO(False)  # a plain stream's pages are not aligned
             channels = Channels.open(file, direct_io, options.channel_count, options.deadline)
             undo.callback(channels.close)
-            blocks_of = _mapped_blocks if mapped else _recorded_blocks
-            self.checkpoint, self.blocks = blocks_of(source, stream_offset, channels)
+            content = read_content(source, stream_offset)
+            if content.trailer_problem is not None:
+                log.warning("%s: what it says of its machine can't be read: %s", path, content.trailer_problem)
+            self.checkpoint, self.trailer = content.checkpoint, content.trailer
+            self.blocks = {
+                idstr: BaseBlock(bmap, _pages(content, idstr, channels))
+                for idstr, bmap in content.file_bmaps.items()
+            }
             self.setup = read_setup(source, self.checkpoint)
             self.device_state = read_device_state(source, self.checkpoint)
             left_out = [block for block in self.checkpoint.blocks if block.idstr not in self.blocks]
@@ -149,7 +155,7 @@ class Base:
 
     def image(self) -> Image:
         """All of the checkpoint but its pages, to be written beside newer ones."""
-        return image_of(self.checkpoint, self.setup, self.device_state)
+        return image_of(self.checkpoint, self.setup, self.device_state, self.trailer)
 
     async def fetch(self, idstr: str, start: int, stop: int, page_size: int, *, urgent: bool) -> memoryview:
         """Return pages [start, stop) as the checkpoint has them; pages it has no data for are zeros.
@@ -256,34 +262,13 @@ class Base:
             await trio.to_thread.run_sync(self.close, abandon_on_cancel=True)
 
 
-def _mapped_blocks(
-    source: FileSource, stream_offset: int, channels: Channels
-) -> tuple[Checkpoint, dict[str, BaseBlock]]:
-    """A mapped-ram file: every page at its place."""
-    checkpoint, file_bmaps = read_checkpoint(source, stream_offset)
-    return checkpoint, {
-        block.idstr: BaseBlock(file_bmaps[block.idstr], MappedPages(channels, block.pages_offset, block.page_size))
-        for block in checkpoint.blocks
-        if block.pages_offset is not None
-    }
-
-
-def _recorded_blocks(
-    source: FileSource, stream_offset: int, channels: Channels
-) -> tuple[Checkpoint, dict[str, BaseBlock]]:
-    """A plain stream: a page's newest record is where the index says."""
-    stream = read_precopy(source, stream_offset)
-    checkpoint = stream.checkpoint
-    blocks = {
-        idstr: BaseBlock(stream.file_bmap(idstr), RecordedPages(channels, stream, idstr))
-        for idstr in stream.page_offsets
-    }
-    for block in checkpoint.blocks:
-        if block.idstr not in blocks and "x-ignore-shared" not in checkpoint.capabilities:
-            blocks[block.idstr] = BaseBlock(
-                PagesBitmap(block.page_count), RecordedPages(channels, stream, block.idstr)
-            )
-    return checkpoint, blocks
+def _pages(content: Content, idstr: str, channels: Channels) -> PageSource:
+    """Where a block's pages are: at its place in a mapped-ram file, in the newest records of a plain stream."""
+    if content.stream is not None:
+        return RecordedPages(channels, content.stream, idstr)
+    block = next(block for block in content.checkpoint.blocks if block.idstr == idstr)
+    assert block.pages_offset is not None
+    return MappedPages(channels, block.pages_offset, block.page_size)
 
 
 def _shared_block(

@@ -25,6 +25,7 @@ from ckptfs.guest.outgoing import Epoch
 from ckptfs.guest.readers import Readers
 from ckptfs.guest.settings import Settings
 from ckptfs.migration.status import MigrationStatus
+from ckptfs.namespace.status import counted
 from ckptfs.qemu.backends import RAMFile
 
 log = logging.getLogger(__name__)
@@ -467,7 +468,7 @@ class Guest:
             await self.page_cache.forget(self.blocks)
         finally:
             await close_layers(dropped)
-        return f"{page_count} written pages dropped"
+        return f"{counted(page_count, 'written page')} dropped"
 
     @property
     def has_written(self) -> bool:

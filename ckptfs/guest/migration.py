@@ -10,6 +10,7 @@ import trio
 from ckptfs.errors import StateError, StorageError
 from ckptfs.guest.outgoing import Progress
 from ckptfs.migration.status import RUNNING, MigrationStatus, next_status
+from ckptfs.namespace.status import counted
 
 
 @dataclass
@@ -62,7 +63,8 @@ class Migration:
     def summary(self) -> str:
         """One line for the user who waited for it."""
         progress = self.progress
-        text = f"{progress.normal_pages} pages, {progress.zero_pages} zero, in {self.total_time():.3f} s"
+        pages = counted(progress.normal_pages, "page")
+        text = f"{pages}, {progress.zero_pages} zero, in {self.total_time():.3f} s"
         return text if self.downtime is None else f"{text}, guest paused {self.downtime * 1000:.1f} ms"
 
 

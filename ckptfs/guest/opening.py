@@ -2,11 +2,11 @@
 
 import contextlib
 import os
-import stat
 
 from ckptfs.channels.backing_file import BackingFile, OpenedFile
 from ckptfs.channels.descriptors import Descriptors, describe_address
 from ckptfs.channels.identity import Identity
+from ckptfs.channels.opened import open_regular
 from ckptfs.errors import CheckpointError, CommandError, StorageError
 from ckptfs.guest.base import Base, BaseOptions
 from ckptfs.migration.address import FdAddress, SeekableAddress
@@ -21,8 +21,9 @@ def open_checkpoint(
 ) -> Base:
     """Open and check the checkpoint at ``address``, whose path is absolute, as ``identity`` may (blocking).
 
-    Raises CheckpointError, naming the file and the byte, for a file that is none; CommandError for something that
-    is no regular file, or lies on the mount itself; StorageError if it can't be read or no handed descriptor fits.
+    Raises CheckpointError, naming the file and the byte, for a file that is none; CommandError for one that lies on
+    the mount itself; StorageError for something that is no regular file, can't be read, or if no handed descriptor
+    fits.
     """
     name = describe_address(address)
     try:
@@ -44,12 +45,9 @@ def open_checkpoint(
 def _open_path(path: str, identity: Identity, forbidden_device: int) -> BackingFile:
     with contextlib.ExitStack() as undo:
         with identity.assumed():
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # NONBLOCK: a FIFO must not hang us
+            fd = open_regular(path)
         undo.callback(os.close, fd)
-        status = os.fstat(fd)
-        if not stat.S_ISREG(status.st_mode) and not stat.S_ISBLK(status.st_mode):
-            raise CommandError(f"{path}: is not a regular file, so it is no checkpoint")
-        if status.st_dev == forbidden_device:
+        if os.fstat(fd).st_dev == forbidden_device:
             raise CommandError(f"{path}: lies on this mount")
         undo.pop_all()
     return OpenedFile(fd, os.O_RDONLY)

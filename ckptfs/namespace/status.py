@@ -226,6 +226,11 @@ def printable(text: str) -> str:
     )
 
 
+def counted(count: int, noun: str) -> str:
+    """Return ``1 page``, ``2 pages``."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def _word(idstr: str) -> str:
     """A block's file name as one word."""
     return encode_name(idstr).decode().replace(" ", "%20")

@@ -93,6 +93,7 @@ def test_a_file_as_json(tmp_path: Path, run_ckptfs: RunCkptfs) -> None:
         ],
         "device-state-length": len(data) - marks["device_state"],
         "vmdesc": "whole",
+        "trailer": {"problem": None, "entries": [], "machine": None},
     }
 
 
@@ -118,7 +119,8 @@ def test_an_offset_in_qemus_words(tmp_path: Path, run_ckptfs: RunCkptfs) -> None
     path = written(tmp_path, MigrationFile(stream_offset=0x1001))
     assert "stream   bytes 0x1001 to" in run_ckptfs("info", "--offset", "0x1001", path).stdout
     line = run_ckptfs("info", "--offset", "4k", path, code=1).stderr
-    assert line == f"{path}: at byte 0x1000: Not a migration stream (or it begins at another offset)\n"
+    found = "a stream begins at byte 0x1001: say so, as in file:PATH,offset=0x1001"
+    assert line == f"{path}: at byte 0x1000: Not a migration stream: {found}\n"
 
 
 @pytest.mark.parametrize("file", [SMALL, PLAIN], ids=["mapped-ram", "precopy"])

@@ -6,7 +6,7 @@ from tests.examples.conftest import EXAMPLES, Run
 
 def test_the_walk(run: Run) -> None:
     printed = run([EXAMPLES / "walk.sh"])
-    assert re.search(r"^ok saved .*/vm1\.ckpt: 1 pages, 16383 zero", printed, re.MULTILINE)
+    assert re.search(r"^ok saved .*/vm1\.ckpt: 1 page, 16383 zero", printed, re.MULTILINE)
     assert "1048576:hello, RAM\n" in printed
     assert "\nread-pages 1\n" in printed
 

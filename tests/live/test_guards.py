@@ -71,7 +71,7 @@ async def test_pages_were_written(checkpoints: LiveCheckpoints, mount: Mount) ->
     assert page == b"\0" * 4096
     with refused(mounted, "`reset` drops them, `save` makes a new checkpoint"):
         await assert_does_not_start(SMALL.on(mounted.ram, checkpoint.guest, incoming=incoming(mounted)))
-    assert mounted.ctl("reset") == "ok 1 written pages dropped"
+    assert mounted.ctl("reset") == "ok 1 written page dropped"
     async with SMALL.on(mounted.ram, checkpoint.guest, incoming=incoming(mounted)) as vm:
         assert await vm.tick() > checkpoint.last_tick
 

@@ -17,6 +17,7 @@ from ckptfs.mapped_ram.stream import BytesSource
 DEADLINE = 60.0
 
 MigrationFileMaker = Callable[..., BytesSource]
+QemuCommands = Callable[..., contextlib.AbstractContextManager[Callable[..., Any]]]
 
 
 @pytest.fixture
@@ -33,6 +34,12 @@ def qemu_file(tmp_path: Path) -> MigrationFileMaker:
         return BytesSource(path.read_bytes())
 
     return make
+
+
+@pytest.fixture
+def qemu_commands() -> QemuCommands:
+    """`with qemu_commands("-m", "16M") as execute: execute("stop")` speaks QMP to a QEMU with these arguments."""
+    return _paused_qemu
 
 
 @pytest.fixture

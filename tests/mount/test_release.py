@@ -36,7 +36,7 @@ def test_reset_as_soon_as_the_writer_has_closed(incoming: Mounted) -> None:
         fd = os.open(incoming.ram / "pc.ram", os.O_RDWR)
         os.write(fd, b"x" * 4096)
         read_ahead_and_close(fd)
-        assert incoming.ctl("reset") == "ok 1 written pages dropped"
+        assert incoming.ctl("reset") == "ok 1 written page dropped"
 
 
 def test_reset_as_soon_as_the_writer_has_ended(incoming: Mounted) -> None:
@@ -51,7 +51,7 @@ os.kill(os.getpid(), 9)
 """
     for _ in range(3):
         subprocess.run([sys.executable, "-c", program])
-        assert incoming.ctl("reset") == "ok 1 written pages dropped"
+        assert incoming.ctl("reset") == "ok 1 written page dropped"
 
 
 def test_o_trunc_as_soon_as_a_reader_has_closed(fresh: Mounted) -> None:
