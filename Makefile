@@ -3,7 +3,7 @@
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 PREFIX ?= /usr/local
 
-.PHONY: all ready demo test lint fmt bench install uninstall clean
+.PHONY: all ready demo test lint fmt bench torture install uninstall clean
 
 all: ready
 
@@ -26,6 +26,10 @@ lint: ready
 fmt: ready
 	ruff check --fix .
 	ruff format .
+
+# What many programs and commands do to a mount at once, for hours if need be: make torture MINUTES=60 SEED=1
+torture: ready
+	python -m tests.torture $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(TORTURES)
 
 bench: ready
 	python -m tests.benchmarks

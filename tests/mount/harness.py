@@ -24,6 +24,7 @@ DEADLINE = 60.0
 _LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d [\d:,]+ mount\.ckptfs\[\d+\]: (\w+): (.*)")
 _HARMLESS = ("DEBUG", "INFO")
 _PR_SET_CHILD_SUBREAPER = 36
+_MNT_FORCE = 1
 
 
 def adopt_orphans() -> None:
@@ -86,7 +87,13 @@ class Mounted:
     """
 
     def __init__(
-        self, spec: str | Path, path: Path, log: Path, *options: str, program: tuple[str, ...] = ()
+        self,
+        spec: str | Path,
+        path: Path,
+        log: Path,
+        *options: str,
+        program: tuple[str, ...] = (),
+        deadline: float = DEADLINE,
     ) -> None:
         self.path = path
         self.log = log
@@ -103,7 +110,7 @@ class Mounted:
         assert (result.returncode, result.stderr, result.stdout) == (0, "", ""), result
         self.pid = self._find_daemon()
         self._pidfd = os.pidfd_open(self.pid)
-        self._watchdog = threading.Timer(DEADLINE, self._break)
+        self._watchdog = threading.Timer(deadline, self.break_off)
         self._watchdog.start()
 
     def _find_daemon(self) -> int:
@@ -215,7 +222,7 @@ class Mounted:
                 assert self._alive(), f"{self.path}: the daemon has died; its log:\n{self.log.read_text()}"
                 self.umount()
         finally:
-            self._break()
+            self.break_off()
             unmount_by_force(self.path)
             if not self._ended:
                 self.wait()
@@ -225,15 +232,11 @@ class Mounted:
         poll.register(self._pidfd, select.POLLIN)
         return not poll.poll(0)
 
-    def _break(self) -> None:
+    def break_off(self) -> None:
         """End the connection and the daemon by force: whoever waits for the mount gets an error."""
         if self._ended:
             return
-        if entry := mount_entry(self.path):
-            minor = entry[0].partition(":")[2]
-            abort = Path(f"/sys/fs/fuse/connections/{minor}/abort")
-            if abort.exists():
-                abort.write_text("1")
+        ctypes.CDLL(None).umount2(os.fsencode(self.path), _MNT_FORCE)  # where it is busy, the connection is aborted
         signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
 
