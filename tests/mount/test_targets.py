@@ -115,6 +115,21 @@ def test_nothing_on_the_mount_itself(name: str, mounted: Mounted) -> None:
     assert str(mounted.path) in words
 
 
+def test_what_is_mounted_over_ram_is_not_flushed(mounted: Mounted, tmp_path: Path) -> None:
+    """A save has the kernel write back what programs changed through mmap: by the names in ram/."""
+    ram = mounted.ram / "pc.ram"
+    (tmp_path / "other").write_bytes(b"over it")
+    with ram.open("r+b"):
+        subprocess.run(["mount", "--bind", tmp_path / "other", ram], check=True)
+        try:
+            code, words = refused(mounted, tmp_path / "new")
+        finally:
+            subprocess.run(["umount", ram], check=True)
+        assert code == errno.EBUSY
+        assert words == f"error: {ram}: another file system is mounted over it"
+        mounted.ctl(f"save {tmp_path / 'new'}")
+
+
 def test_not_even_through_a_link_to_it(mounted: Mounted, tmp_path: Path) -> None:
     (tmp_path / "way").symlink_to(mounted.ram)
     assert refused(mounted, tmp_path / "way" / "new")[0] in (errno.EINVAL, errno.ELOOP)
