@@ -434,6 +434,26 @@ async def test_a_reader_does_not_suffer_when_the_save_before_is_cancelled(
 # --- restore ----------------------------------------------------------------------------------------------
 
 
+async def test_a_reader_goes_before_a_restore(guest: Guest, reads: GatedReads) -> None:
+    offsets = {page: pages_offset_of(guest) + page * PAGE for page in (0, 1, 200, 250, 256, 590)}
+    reads.shut()
+    async with trio.open_nursery() as nursery:
+        for page in (1, 2):  # both channels
+            in_background(nursery, guest, page * PAGE, PAGE)
+            await reads.wait_for_reader()
+        nursery.start_soon(guest.restore)
+        await wait_all_tasks_blocked()
+        reader = in_background(nursery, guest, 250 * PAGE, PAGE)
+        await wait_all_tasks_blocked()
+        reads.offsets.clear()
+        reads.let_pass(*offsets.values())
+        while not reader:
+            await trio.lowlevel.checkpoint()
+        assert reads.offsets[0] == offsets[250]
+        reads.open()
+    assert reader["data"] == PAGES[250]
+
+
 async def test_a_reader_in_line_when_a_restore_ends_is_served_from_memory(guest: Guest, reads: GatedReads) -> None:
     guest.settings.set_parameter("multifd-channels", 1)
     first = pages_offset_of(guest)
