@@ -79,15 +79,34 @@ COMMANDS = (
         "save",
         "write a checkpoint",
         "Write a checkpoint, to the mounted file or to TARGET, and return when it is durable. Ctrl-C cancels; the "
-        "former checkpoint is there until the new one is.",
+        "former checkpoint is there until the new one is. "
+        "With --qmp: save the machine behind that socket to FILE, without any mount, whatever memory it has. Its "
+        "guest pauses for milliseconds where QEMU can write-protect its RAM (background-snapshot); otherwise pages "
+        "are sent while it dirties them, and it pauses for the last (precopy).",
         (
-            DIRECTORY,
+            argument("directory", metavar="DIR_OR_FILE", help="where the guest's RAM is mounted; with --qmp, FILE"),
             argument("target", metavar="TARGET", nargs="?", help="another file than the mounted one: PATH or URI"),
             argument("--ram-only", action="store_true", help="without the device state of a machine"),
             argument("--force", action="store_true", help="replace the mounted file though somebody changed it"),
+            argument(
+                "--qmp", metavar="SOCKET", help="save the machine behind it (QEMU's -qmp unix:SOCKET) to FILE"
+            ),
+            argument(
+                "--capture",
+                choices=("auto", "snapshot", "precopy"),
+                default="auto",
+                help="with --qmp: how RAM is captured (auto: snapshot where QEMU can, else precopy)",
+            ),
+            argument(
+                "--capture-rounds",
+                metavar="N",
+                type=count,
+                default=10,
+                help="with --qmp: rounds of precopy after which the guest is stopped for what is left (10)",
+            ),
             *FOLLOWED,
         ),
-        "ckptfs.cli.operate:save",
+        "ckptfs.cli.save:run",
     ),
     Command(
         "restore",

@@ -26,6 +26,7 @@ from ckptfs.guest.machine import Machine, Machines
 from ckptfs.guest.opening import open_checkpoint
 from ckptfs.guest.settings import Settings
 from ckptfs.migration.address import FdAddress, FileMigrationArgs, SeekableAddress, parse_target, seekable_file
+from ckptfs.migration.capture import CaptureOptions
 from ckptfs.namespace.options import MountOptions, parse_options
 
 EXIT_USAGE = 1
@@ -176,7 +177,10 @@ def open_guest(spec: SeekableAddress | None, options: MountOptions) -> Guest:
     """
     descriptors = Descriptors(options.fdset, options.fd)
     descriptors.check()
-    settings = Settings(options.parameters, options.capabilities, descriptors, options.uuid, options.shared)
+    capture = CaptureOptions(options.capture, options.capture_rounds)
+    settings = Settings(
+        options.parameters, options.capabilities, descriptors, options.uuid, options.shared, capture
+    )
     bound = None if options.qmp is None else Machine(options.qmp, Identity.of_daemon())
     guest = Guest(settings, Machines(bound), read_only=options.read_only)
     for idstr, used_length in options.ram.items():
@@ -199,10 +203,10 @@ def _is_there(spec: SeekableAddress, options: MountOptions) -> bool:
             f"{spec.filename}: is there already; mount it without ram=, or give a new guest another file",
             errno.EEXIST,
         )
-    if not exists and not options.ram:
+    if not exists and not options.ram and options.qmp is None:
         raise CommandError(
             f"{spec.filename}: no such file; if this is to be a new guest, say how much RAM it has: "
-            "-o ram=pc.ram:1G",
+            "-o ram=pc.ram:1G; or where the machine is that has RAM of its own: -o qmp=SOCKET",
             errno.ENOENT,
         )
     if not exists:

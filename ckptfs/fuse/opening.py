@@ -79,6 +79,12 @@ class Opening:
             case NodeKind.RAM:
                 if opener.writes and self._guest.read_only:
                     raise StateError("the mount is read-only (ro)", errno.EROFS)
+                if opener.writes and self._guest.machines.own_ram:
+                    raise StateError(
+                        "this is a copy of the machine's RAM, which lies elsewhere: what is written here would "
+                        "reach no machine (`qmp none` lets go of it)",
+                        errno.EROFS,
+                    )
                 with _refusal_logged("RAM", opener.pid):
                     await self._sharing.refuse_second(subject, opener)
                 if opener.flags & os.O_TRUNC:  # the kernel leaves it to us, and forgets what it has cached

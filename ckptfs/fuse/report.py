@@ -93,6 +93,7 @@ def describe_mount(
         writers=_writers(guest),
         qmp="none" if machine is None else f"{machine.state} {machine.qmp_path}",
         guest=None if machine is None else machine.run_state,
+        capture=guest.migrations.newest.way,
         restored=guest.restored,
         overlay_bytes=held,
         set_aside_pages=set_aside,

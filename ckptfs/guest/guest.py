@@ -388,7 +388,7 @@ class Guest:
                 # its file, if it has one, shows from now on what the machine had
                 block = self._blocks.setdefault(idstr, fresh[idstr])
                 dropped += block.replace(frozen, fresh[idstr], base.blocks[idstr], keep_restored=self.restored)
-        self._base = base
+        self._base, self._page_size = base, base.checkpoint.page_size
         await close_layers(dropped)
         if self.restored:
             await base.aclose()

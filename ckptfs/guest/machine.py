@@ -59,6 +59,7 @@ class Machines:
         self._bound = bound
         self._have_run = False
         self._refusal: str | None = None
+        self._own_ram = False
 
     @property
     def bound(self) -> Machine | None:
@@ -72,6 +73,15 @@ class Machines:
         What is written from then on is newer than that device state.
         """
         return self._have_run
+
+    @property
+    def own_ram(self) -> bool:
+        """Whether the bound machine has been seen to have its RAM elsewhere: what is here is a copy."""
+        return self._bound is not None and self._own_ram
+
+    def note_own_ram(self, own: bool) -> None:
+        """The bound machine has its RAM elsewhere, or here."""
+        self._own_ram = own
 
     @property
     def refusal(self) -> str | None:

@@ -32,6 +32,8 @@ class Migration:
     active: float | None = None
     ended: float | None = None
     downtime: float | None = None
+    way: str | None = None
+    """How a machine's RAM was captured, if not on the mount: ``snapshot``, ``precopy``."""
 
     @property
     def running(self) -> bool:
@@ -65,7 +67,9 @@ class Migration:
         progress = self.progress
         pages = counted(progress.normal_pages, "page")
         text = f"{pages}, {progress.zero_pages} zero, in {self.total_time():.3f} s"
-        return text if self.downtime is None else f"{text}, guest paused {self.downtime * 1000:.1f} ms"
+        if self.downtime is not None:
+            text += f", guest paused {self.downtime * 1000:.1f} ms"
+        return text if self.way is None else f"{text}, captured by {self.way}"
 
 
 class Migrations:

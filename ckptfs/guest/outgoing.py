@@ -109,7 +109,7 @@ async def write_checkpoint(
     plan = layout(image, stream_offset)
     kept = [block for block in plan.blocks if not block.ignored]
     blocks = {block.idstr: _OutgoingBlock(block.pages_offset or 0, PagesBitmap(block.page_count)) for block in kept}
-    await _write_extents(lane, file, plan.extents[1:], options.deadline)
+    await write_extents(lane, file, plan.extents[1:], options.deadline)
     channels = await open_channels(lane, file, options.direct_io, options.channel_count, options.deadline)
     try:
         with_data = {idstr: epoch.stacks[idstr].with_data() for idstr in blocks}
@@ -128,7 +128,7 @@ async def write_checkpoint(
     bitmaps = [
         (block.bitmap_offset or 0, blocks[block.idstr].file_bmap.to_bytes(image.bitmap_byteorder)) for block in kept
     ]
-    await _write_extents(lane, file, bitmaps, options.deadline)
+    await write_extents(lane, file, bitmaps, options.deadline)
     return Written(plan.header, channels.direct_io if options.direct_io.wanted else None)
 
 
@@ -245,6 +245,7 @@ def _write_pages(
     return int(mask.sum())
 
 
-async def _write_extents(lane: Lane, file: BackingFile, extents: list[tuple[int, bytes]], deadline: float) -> None:
+async def write_extents(lane: Lane, file: BackingFile, extents: list[tuple[int, bytes]], deadline: float) -> None:
+    """Write what is no page: file offsets and bytes."""
     for file_offset, data in extents:
         await lane.ask(partial(pwrite_all, file.fd, data, file_offset), deadline=deadline)

@@ -7,12 +7,13 @@ file is published, and what was written since goes on top of it.
 import contextlib
 import errno
 import logging
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import partial
 
 import trio
 
-from ckptfs.channels.backing_file import DirectIO
+from ckptfs.channels.backing_file import BackingFile, DirectIO
 from ckptfs.channels.channels import BACKING_DEADLINE, CLOSING_DEADLINE, NoAnswerError
 from ckptfs.channels.descriptors import describe_address
 from ckptfs.channels.identity import Identity
@@ -20,6 +21,7 @@ from ckptfs.channels.lane import Lane
 from ckptfs.channels.target import Target, open_target
 from ckptfs.channels.version import FileVersion, KnownFile
 from ckptfs.errors import QemuError, StateError
+from ckptfs.guest.arriving import write_arriving
 from ckptfs.guest.base import Base
 from ckptfs.guest.block import GuestBlock
 from ckptfs.guest.guest import Guest
@@ -30,11 +32,14 @@ from ckptfs.guest.migration import Migration
 from ckptfs.guest.outgoing import Epoch, SaveOptions, Written, write_checkpoint
 from ckptfs.guest.plain import write_stream
 from ckptfs.mapped_ram.layout import Image, empty_image
+from ckptfs.mapped_ram.page_stream import Head
 from ckptfs.mapped_ram.stream import IGNORE_SHARED, MAPPED_RAM, uuid_of
 from ckptfs.migration.address import FileMigrationArgs, SeekableAddress
+from ckptfs.migration.capture import Way
 from ckptfs.migration.ratelimit import RateLimit
 from ckptfs.migration.status import MigrationStatus
-from ckptfs.qemu.backends import check_backends
+from ckptfs.qemu.backends import check_backends, has_ram_on
+from ckptfs.qemu.capture.arriving import arriving
 from ckptfs.qemu.capture.mounted import capture
 
 log = logging.getLogger(__name__)
@@ -73,9 +78,10 @@ async def save(guest: Guest, request: SaveRequest) -> str:
     """
     if guest.read_only:
         raise StateError("the mount is read-only (ro): there is nothing to save", errno.EPERM)
-    if not guest.blocks:
+    if not guest.blocks and guest.machines.bound is None:
         raise StateError(
-            "there is no RAM to save: fill the mount (migrate_incoming), or make a block", errno.EINVAL
+            "there is no RAM to save: fill the mount (migrate_incoming), make a block, or bind a QEMU (qmp SOCKET)",
+            errno.EINVAL,
         )
     capabilities = guest.settings.capabilities
     capabilities.check_file_transport()
@@ -118,18 +124,8 @@ async def _save_to(guest: Guest, lane: Lane, target: Target, request: SaveReques
     await lane.ask(target.keep_prefix)
     carried: list[Layer] = []
     try:
-        epoch, image = await _begin_epoch(guest, request)
-        carried += (epoch.stacks[idstr].written[0] for idstr in epoch.carried)
-        fresh = {}
-        for idstr in epoch.carried:  # now, while a lack of memory can still fail the save
-            fresh[idstr] = GuestBlock(idstr, epoch.stacks[idstr].page_count, image.page_size)
-            carried += fresh[idstr].stack.written
-        image = _configured(guest, image, epoch)
-        migration.advance(MigrationStatus.ACTIVE)
-        write = write_checkpoint if guest.settings.capabilities.mapped_ram else write_stream
-        written = await write(
-            lane, target.file, request.stream_offset, image, epoch, _save_options(guest), migration.progress
-        )
+        write = _write_machine if await _machine_has_own_ram(guest, request) else _write_moment
+        epoch, fresh, written = await write(guest, lane, target.file, request, migration, carried)
         guest.note_direct_io(target.path, written.direct_io)
         migration.advance(MigrationStatus.DEVICE)
         # no await in between: what has its name is the base, whoever cancels
@@ -142,6 +138,93 @@ async def _save_to(guest: Guest, lane: Lane, target: Target, request: SaveReques
         await _give_up_epoch(guest, carried)
         raise
     await _give_up_epoch(guest, carried)  # it is saved, but where we can't read it
+
+
+_Saved = tuple[Epoch, dict[str, GuestBlock], Written]
+
+
+async def _write_moment(
+    guest: Guest, lane: Lane, file: BackingFile, request: SaveRequest, migration: Migration, carried: list[Layer]
+) -> _Saved:
+    """Begin an epoch, and write it while everybody goes on; ``carried`` gets the layers that it takes."""
+    epoch, image = await _begin_epoch(guest, request)
+    fresh = _fresh_blocks(epoch, image.page_size, carried)
+    image = _configured(guest, image, epoch)
+    migration.advance(MigrationStatus.ACTIVE)
+    write = write_checkpoint if guest.settings.capabilities.mapped_ram else write_stream
+    offset, options = request.stream_offset, _save_options(guest)
+    return epoch, fresh, await write(lane, file, offset, image, epoch, options, migration.progress)
+
+
+async def _write_machine(
+    guest: Guest, lane: Lane, file: BackingFile, request: SaveRequest, migration: Migration, carried: list[Layer]
+) -> _Saved:
+    """Write a machine whose RAM is its own, as QEMU sends it."""
+    machine, capabilities = guest.machines.bound, guest.settings.capabilities
+    assert machine is not None
+    if capabilities.x_ignore_shared or not capabilities.mapped_ram:
+        name, state = ("x-ignore-shared", "off") if capabilities.x_ignore_shared else ("mapped-ram", "on")
+        raise StateError(f"a machine whose RAM is not on this mount is saved as a whole: switch {name} {state}")
+    configure = partial(_with_capabilities, guest)
+    async with machine.monitor() as monitor, arriving(monitor, guest.settings.capture) as stream:
+        migration.way = stream.way
+        migration.advance(MigrationStatus.ACTIVE)
+        written, epoch, page_size = await write_arriving(
+            lane,
+            file,
+            request.stream_offset,
+            stream,
+            partial(_accept_blocks, guest),
+            configure,
+            _save_options(guest),
+            migration.progress,
+        )
+    migration.downtime = stream.downtime
+    guest.machines.note_own_ram(True)
+    return epoch, _fresh_blocks(epoch, page_size, carried), written
+
+
+def _accept_blocks(guest: Guest, head: Head) -> None:
+    """A mount shows the same blocks for as long as it is there."""
+    found = {block.idstr: block.used_length for block in head.blocks}
+    shown = {idstr: block.used_length for idstr, block in guest.blocks.items()}
+    if shown and found != shown:
+        names = ", ".join(sorted(idstr for idstr in found | shown if found.get(idstr) != shown.get(idstr)))
+        raise StateError(
+            f"QEMU's RAM is not that of this mount any more ({names}): save it with "
+            "`ckptfs save --qmp SOCKET FILE`, or mount anew"
+        )
+
+
+def _fresh_blocks(epoch: Epoch, page_size: int, carried: list[Layer]) -> dict[str, GuestBlock]:
+    """An empty block for each that the machine hands over: now, while a lack of memory can still fail the save."""
+    carried += (epoch.stacks[idstr].written[0] for idstr in epoch.carried)
+    fresh = {}
+    for idstr in epoch.carried:
+        fresh[idstr] = GuestBlock(idstr, epoch.stacks[idstr].page_count, page_size)
+        carried += fresh[idstr].stack.written
+    return fresh
+
+
+async def _machine_has_own_ram(guest: Guest, request: SaveRequest) -> bool:
+    """Whether the machine is to be captured with its RAM, which lies elsewhere.
+
+    Raises StateError (EINVAL) where that is asked for (capture=), and would lose what was written here.
+    """
+    machine, way = guest.machines.bound, guest.settings.capture.way
+    if machine is None or request.ram_only:
+        return False
+    if not guest.blocks:
+        return True
+    is_copy = guest.base is not None and not guest.has_written and not guest.machines.have_run
+    if way is Way.AUTO and not is_copy:
+        return False
+    async with machine.monitor() as monitor:
+        on_mount = await has_ram_on(monitor, guest.page_cache.files(guest.blocks))
+    if way is not Way.AUTO and (on_mount or not is_copy):
+        why = "QEMU has RAM on this mount" if on_mount else "RAM was written on this mount, and would be lost"
+        raise StateError(f"capture={way} is for machines whose RAM lies elsewhere: {why}", errno.EINVAL)
+    return not on_mount
 
 
 async def _begin_epoch(guest: Guest, request: SaveRequest) -> tuple[Epoch, Image]:
@@ -207,10 +290,14 @@ def _image(guest: Guest, ram_only: bool) -> Image:
 
 
 def _configured(guest: Guest, image: Image, epoch: Epoch) -> Image:
-    """The image as the capabilities want it."""
+    """The image as the capabilities want it, without the blocks that stay in their shared files."""
+    return _with_capabilities(guest, image, _ignored(guest, epoch))
+
+
+def _with_capabilities(guest: Guest, image: Image, ignored: Collection[str] = ()) -> Image:
     capabilities = tuple(name for name in (IGNORE_SHARED, MAPPED_RAM) if guest.settings.capabilities.get(name))
     uuid = uuid_of(image.subsections) or guest.settings.uuid if guest.settings.capabilities.validate_uuid else None
-    return image.configured(capabilities, uuid, _ignored(guest, epoch))
+    return image.configured(capabilities, uuid, ignored)
 
 
 def _ignored(guest: Guest, epoch: Epoch) -> set[str]:

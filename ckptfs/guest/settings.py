@@ -6,6 +6,7 @@ from ckptfs.channels.backing_file import DirectIO
 from ckptfs.channels.descriptors import Descriptors
 from ckptfs.guest.base import BaseOptions
 from ckptfs.migration.capabilities import MigrationCapabilities
+from ckptfs.migration.capture import CaptureOptions
 from ckptfs.migration.parameters import MigrationParameters, ParameterValue
 
 
@@ -13,7 +14,8 @@ class Settings:
     """The settings of one guest; parameters and capabilities may change, the rest is fixed.
 
     ``uuid`` is what capability validate-uuid compares a checkpoint's with, and writes where the source has none;
-    ``shared`` the files of RAM that checkpoints may leave out, by idstr.
+    ``shared`` the files of RAM that checkpoints may leave out, by idstr; ``capture`` how a machine is captured
+    whose RAM is its own.
     """
 
     def __init__(
@@ -23,12 +25,14 @@ class Settings:
         descriptors: Descriptors | None = None,
         uuid: UUID | None = None,
         shared: dict[str, str] | None = None,
+        capture: CaptureOptions | None = None,
     ) -> None:
         self._parameters = parameters or MigrationParameters()
         self._capabilities = capabilities or MigrationCapabilities()
         self._shared = shared or {}
         self.descriptors = descriptors or Descriptors()
         self.uuid = uuid
+        self.capture = capture or CaptureOptions()
 
     @property
     def parameters(self) -> MigrationParameters:

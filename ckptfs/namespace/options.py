@@ -13,6 +13,7 @@ from uuid import UUID
 from ckptfs.errors import CommandError
 from ckptfs.migration.address import FILE_OFFSET_MAX
 from ckptfs.migration.capabilities import CAPABILITIES, MigrationCapabilities, parse_state
+from ckptfs.migration.capture import CaptureOptions, Way
 from ckptfs.migration.parameters import PARAMETERS, MigrationParameters
 from ckptfs.migration.size import parse_size_of
 from ckptfs.namespace.names import encode_name
@@ -30,6 +31,8 @@ class MountOptions:
     image_offset: int = 0
     parameters: MigrationParameters = field(default_factory=MigrationParameters)
     capabilities: MigrationCapabilities = field(default_factory=MigrationCapabilities)
+    capture: Way = Way.AUTO
+    capture_rounds: int = CaptureOptions.max_rounds
     backends: list[str] = field(default_factory=list)
     """Idstrs of the blocks that QEMU has as memory backends; empty: found by the default rule."""
     views: bool = True
@@ -240,6 +243,20 @@ def _parse_fd(text: str) -> tuple[str, int]:
     return name, _parse_number(descriptor)
 
 
+def _parse_way(text: str) -> Way:
+    try:
+        return Way(text)
+    except ValueError:
+        raise CommandError(f"expects {', '.join(Way)}") from None
+
+
+def _parse_rounds(text: str) -> int:
+    rounds = _parse_number(text)
+    if not rounds:
+        raise CommandError("expects a number from 1 on")
+    return rounds
+
+
 def _parse_number(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text):
         raise CommandError(f"'{text}' is not a number")
@@ -282,6 +299,19 @@ OPTIONS = (
         "SOCKET",
         "QMP socket of the QEMU that runs on this RAM: save is then a live checkpoint of the whole machine.",
         _one("qmp", str),
+    ),
+    Option(
+        "capture",
+        "auto|snapshot|precopy",
+        "How a machine is saved whose RAM is not on this mount: by background-snapshot, by precopy, or by the first"
+        " of the two that QEMU can do (auto).",
+        _one("capture", _parse_way),
+    ),
+    Option(
+        "capture_rounds",
+        "N",
+        "After N rounds of precopy (10) the guest is stopped for what is left.",
+        _one("capture_rounds", _parse_rounds),
     ),
     Option(
         "backends",

@@ -74,6 +74,8 @@ class Status:
     """The QMP socket and how it stands: ``connected /run/vm1.qmp``; ``none``."""
     guest: str | None
     """Run state of the guest behind it, in QEMU's words."""
+    capture: str | None
+    """How the newest save got the RAM of a machine that has its own: ``snapshot``, ``precopy``."""
     overlay_bytes: int
     """Memory that written (and fully restored) pages take."""
     set_aside_pages: int
@@ -162,6 +164,7 @@ def _values(status: Status) -> dict[str, Any]:
         "writers": status.writers,
         "qmp": status.qmp,
         "guest": status.guest,
+        "capture": status.capture,
         "shared-use": status.shared_use,
         "block-count": len(status.blocks),
         **_page_counts(status.blocks),

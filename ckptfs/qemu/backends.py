@@ -100,3 +100,17 @@ def _identify(path: str) -> tuple[int, int]:
     except OSError:
         return -1, -1
     return status.st_dev, status.st_ino
+
+
+async def has_ram_on(monitor: "Monitor", files: Iterable[RAMFile]) -> bool:
+    """Whether QEMU has any of its RAM on this mount, so that it sees there what others write (share=on)."""
+    inodes = {(file.device, file.inode) for file in files}
+    for entry in await monitor.execute("qom-list", path="/objects"):
+        if entry["type"] != "child<memory-backend-file>":
+            continue
+        path = _OBJECTS + entry["name"]
+        if await monitor.execute("qom-get", path=path, property="share"):
+            mem_path = await monitor.execute("qom-get", path=path, property="mem-path")
+            if await trio.to_thread.run_sync(_identify, mem_path) in inodes:
+                return True
+    return False

@@ -23,6 +23,7 @@ IDLE = Status(
     writers="running",
     qmp="none",
     guest=None,
+    capture=None,
     overlay_bytes=4096,
     set_aside_pages=0,
     waiting_readers=0,
@@ -65,6 +66,7 @@ direct-io on
 writers running
 qmp none
 guest none
+capture none
 shared-use none
 block-count 2
 page-count 15

@@ -33,6 +33,12 @@ PARAMETERS = {"max-bandwidth": 0, "tls-creds": "", "mode": "normal"}
 """Set while a machine is captured: no limit, no TLS (not through a pipe), no cpr."""
 
 _FD_NAME = "ckptfs"
+
+
+class CapabilitiesRefusedError(QemuError):
+    """QEMU refuses the capabilities that a way of capturing needs; nothing was changed."""
+
+
 _ENDED = ("completed", "failed", "cancelled")
 _SAVABLE = ("running", "paused", "prelaunch")
 _HINTS = {
@@ -63,13 +69,21 @@ async def savable_run_state(monitor: "Monitor") -> str:
 async def migration_settings(
     monitor: "Monitor", capabilities: Collection[str], parameters: dict[str, Any]
 ) -> AsyncIterator[None]:
-    """Have these capabilities on and all others off, and these parameters; put back what is still so afterwards."""
+    """Have these capabilities on and all others off, and these parameters; put back what is still so afterwards.
+
+    Raises CapabilitiesRefusedError where QEMU can't do that.
+    """
     states = await _capabilities(monitor)
     states = {name: state for name, state in states.items() if state != (name in capabilities)}
     values = await monitor.execute("query-migrate-parameters")
     values = {name: values[name] for name, ours in parameters.items() if values.get(name, ours) != ours}
     with trio.CancelScope(shield=True):  # either it is set, or it is not
-        await _set_capabilities(monitor, {name: not state for name, state in states.items()})
+        try:
+            await _set_capabilities(monitor, {name: not state for name, state in states.items()})
+        except QemuError as error:
+            if error.errno in (errno.EPIPE, errno.ETIMEDOUT):
+                raise
+            raise CapabilitiesRefusedError(str(error), error.errno) from error
     try:
         await _set_parameters(monitor, {name: parameters[name] for name in values})
         yield
@@ -286,9 +300,9 @@ class Pause:
         """Whether somebody let the guest go on meanwhile."""
         return "RESUME" in self.commands_of_others
 
-    def note_stopped(self) -> None:
-        """What comes from now on are others' commands, or QEMU's own, as its migration goes on."""
-        self._heard = len(self._monitor.events)
+    def note_stopped(self, heard: int | None = None) -> None:
+        """What comes from now on (event ``heard``) are others' commands, or QEMU's as its migration goes on."""
+        self._heard = len(self._monitor.events) if heard is None else heard
 
     def note_completed(self, event: int | None, wanted: str) -> None:
         """QEMU's migration has completed, as the event of that number said; its owners wanted the guest so."""

@@ -1,0 +1,89 @@
+"""ckptfs save: of a mount, through its ctl; of a machine, without any mount, wherever its RAM lies."""
+
+import argparse
+import json
+import os
+import signal
+from collections.abc import AsyncIterator
+
+import trio
+
+from ckptfs.channels.identity import Identity
+from ckptfs.cli import operate
+from ckptfs.cli.progress import Display, display_for
+from ckptfs.errors import CommandError
+from ckptfs.fuse.report import query_migrate
+from ckptfs.guest.guest import Guest
+from ckptfs.guest.machine import Machine, Machines
+from ckptfs.guest.migration import leading_error
+from ckptfs.guest.saving import SaveRequest, save
+from ckptfs.guest.settings import Settings
+from ckptfs.migration.address import FdAddress, FileMigrationArgs, parse_target, seekable_file
+from ckptfs.migration.capture import CaptureOptions, Way
+from ckptfs.migration.parameters import MigrationParameters
+
+_INTERVAL = 0.2
+"""Seconds between two looks at how far it has come."""
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Save what is mounted on DIR, or with ``--qmp`` the machine behind that socket."""
+    if arguments.qmp is None:
+        return operate.save(arguments)
+    if arguments.target is not None:
+        raise CommandError(f"{arguments.target}: with --qmp there is no DIR, and one FILE")
+    if arguments.ram_only or arguments.force:
+        raise CommandError("--ram-only and --force are for what is mounted, not for --qmp")
+    target = seekable_file(parse_target(_path(arguments.directory)))
+    if isinstance(target, FdAddress):
+        raise CommandError(f"{arguments.directory}: save to a path")
+    target = FileMigrationArgs(os.path.abspath(target.filename), target.offset)
+    capture = CaptureOptions(Way(arguments.capture), arguments.capture_rounds)
+    with display_for(arguments) as display:
+        answer = trio.run(save_machine, os.path.abspath(arguments.qmp), target, capture, display)
+    if arguments.json:
+        print(json.dumps({"answer": answer}))
+    elif not arguments.quiet:
+        print(answer)
+    return 0
+
+
+async def save_machine(qmp_path: str, target: FileMigrationArgs, capture: CaptureOptions, display: Display) -> str:
+    """Save the machine behind a QMP socket; return one line that says what was done.
+
+    SIGINT, SIGTERM and SIGHUP cancel it: its guest runs on, and nothing is left. Raises CommandError, StateError,
+    QemuError, StorageError or OSError; a former file is then as it was.
+    """
+    identity = Identity.of_daemon()
+    guest = Guest(Settings(MigrationParameters(), capture=capture), Machines(Machine(qmp_path, identity)))
+    try:
+        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_cancel_on_signal, guest, signals)
+                nursery.start_soon(_show, guest, display)
+                try:
+                    return await save(guest, SaveRequest(target, identity))
+                finally:
+                    nursery.cancel_scope.cancel()
+    except BaseExceptionGroup as error:
+        raise leading_error(error) from None
+    finally:
+        guest.close()
+
+
+async def _cancel_on_signal(guest: Guest, signals: AsyncIterator[int]) -> None:
+    async for _ in signals:
+        if guest.migrations.running:
+            await guest.migrations.cancel()
+
+
+async def _show(guest: Guest, display: Display) -> None:
+    while True:
+        newest = guest.migrations.newest
+        state = "saving" if newest.running else "idle"
+        display.show({"state": state, "migration": query_migrate(newest, guest.page_size).to_json()})
+        await trio.sleep(_INTERVAL)
+
+
+def _path(target: str) -> str:
+    return target if "/" in target or ":" in target else f"./{target}"
