@@ -8,8 +8,9 @@ import contextlib
 import errno
 import logging
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -34,6 +35,7 @@ from ckptfs.guest.plain import write_stream
 from ckptfs.mapped_ram.layout import Image, empty_image
 from ckptfs.mapped_ram.page_stream import Head
 from ckptfs.mapped_ram.stream import IGNORE_SHARED, MAPPED_RAM, uuid_of
+from ckptfs.mapped_ram.trailer import NO_TRAILER, Depends, Trailer
 from ckptfs.migration.address import FileMigrationArgs, SeekableAddress
 from ckptfs.migration.capture import Way
 from ckptfs.migration.ratelimit import RateLimit
@@ -41,6 +43,10 @@ from ckptfs.migration.status import MigrationStatus
 from ckptfs.qemu.backends import check_backends, has_ram_on
 from ckptfs.qemu.capture.arriving import arriving
 from ckptfs.qemu.capture.mounted import capture
+from ckptfs.qemu.origin import saved_machine
+
+if TYPE_CHECKING:
+    from ckptfs.qemu.monitor import Monitor
 
 log = logging.getLogger(__name__)
 
@@ -165,20 +171,25 @@ async def _write_machine(
     if capabilities.x_ignore_shared or not capabilities.mapped_ram:
         name, state = ("x-ignore-shared", "off") if capabilities.x_ignore_shared else ("mapped-ram", "on")
         raise StateError(f"a machine whose RAM is not on this mount is saved as a whole: switch {name} {state}")
-    configure = partial(_with_capabilities, guest)
-    async with machine.monitor() as monitor, arriving(monitor, guest.settings.capture) as stream:
-        migration.way = stream.way
-        migration.advance(MigrationStatus.ACTIVE)
-        written, epoch, page_size = await write_arriving(
-            lane,
-            file,
-            request.stream_offset,
-            stream,
-            partial(_accept_blocks, guest),
-            configure,
-            _save_options(guest),
-            migration.progress,
-        )
+
+    def configure(image: Image) -> Image:
+        return _with_capabilities(guest, replace(image, trailer=trailer))
+
+    async with machine.monitor() as monitor:
+        trailer = await _trailer_of_machine(guest, monitor)
+        async with arriving(monitor, guest.settings.capture) as stream:
+            migration.way = stream.way
+            migration.advance(MigrationStatus.ACTIVE)
+            written, epoch, page_size = await write_arriving(
+                lane,
+                file,
+                request.stream_offset,
+                stream,
+                partial(_accept_blocks, guest),
+                configure,
+                _save_options(guest),
+                migration.progress,
+            )
     migration.downtime = stream.downtime
     guest.machines.note_own_ram(True)
     return epoch, _fresh_blocks(epoch, page_size, carried), written
@@ -255,12 +266,13 @@ async def _capture(guest: Guest, machine: Machine) -> tuple[Epoch, Image] | None
                 "QEMU has none of its RAM on this mount: see `ckptfs qemu-args` for how to start it",
                 errno.EINVAL,
             )
+        trailer = await _trailer_of_machine(guest, monitor)
         flush = partial(guest.flush, list(found))
         captured = await capture(monitor, flush, partial(guest.freeze, found))
     epoch, image = await trio.to_thread.run_sync(compose, captured, list(guest.blocks))
     guest.migrations.newest.downtime = captured.downtime
     guest.machines.note_run()
-    return epoch, image
+    return epoch, replace(image, trailer=trailer)
 
 
 def _refuse_mixed_moments(guest: Guest, request: SaveRequest) -> None:
@@ -284,9 +296,23 @@ def _refuse_mixed_moments(guest: Guest, request: SaveRequest) -> None:
 
 def _image(guest: Guest, ram_only: bool) -> Image:
     """What goes into a checkpoint beside RAM: the base's device state, or none."""
+    change = Depends.RAM if guest.has_written else Depends.NOTHING
     if guest.base is not None and not ram_only:
-        return guest.base.image()
-    return empty_image([(block.idstr, block.used_length) for block in guest.blocks.values()], guest.page_size)
+        return replace(guest.base.image(), trailer=_trailer_after(guest, change))
+    image = empty_image([(block.idstr, block.used_length) for block in guest.blocks.values()], guest.page_size)
+    return replace(image, trailer=_trailer_after(guest, change | Depends.DEVICE_STATE))
+
+
+def _trailer_after(guest: Guest, change: Depends) -> Trailer:
+    """What the base's trailer says that still holds after a ``change``."""
+    return NO_TRAILER if guest.base is None else guest.base.trailer.after(change)
+
+
+async def _trailer_of_machine(guest: Guest, monitor: "Monitor") -> Trailer:
+    """What is to be remembered of the machine behind ``monitor``, which is being captured."""
+    trailer = _trailer_after(guest, Depends.RAM | Depends.DEVICE_STATE)
+    saved = await trio.to_thread.run_sync(saved_machine, monitor.pid, monitor.version)
+    return trailer if saved is None else trailer.with_entry(saved.entry())
 
 
 def _configured(guest: Guest, image: Image, epoch: Epoch) -> Image:

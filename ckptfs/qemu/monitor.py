@@ -6,6 +6,7 @@ import contextlib
 import errno
 import logging
 import socket
+import struct
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -22,6 +23,8 @@ T = TypeVar("T")
 
 DEADLINE = 30.0
 """Seconds that QEMU has for any one answer."""
+
+_UCRED = struct.Struct("3i")
 
 _LAST_CHANCE = 1.0
 """Seconds for each further answer once QEMU has missed a deadline: it answers in order."""
@@ -46,12 +49,15 @@ class Monitor:
 
     ``deadline`` is the time in seconds that QEMU has for the next answer. ``events`` are all that were heard, in
     their order; whatever had happened before QEMU answered is in it when the answer is here. ``lost`` says that
-    the connection broke.
+    the connection broke. ``pid`` is the process that listens at the socket, 0 if it is in another pid namespace;
+    ``version`` is QEMU's, as it greets.
     """
 
-    def __init__(self, client: QMPClient, loop: asyncio.AbstractEventLoop, deadline: float) -> None:
+    def __init__(self, client: QMPClient, loop: asyncio.AbstractEventLoop, deadline: float, pid: int) -> None:
         self._client = client
         self._loop = loop
+        self.pid = pid
+        self.version = _version_of(client)
         self._alerted: trio.CancelScope | None = None
         self.deadline = deadline
         self.events: list[Event] = []
@@ -120,14 +126,33 @@ async def connected(path: str, identity: Identity, deadline: float = DEADLINE) -
     except OSError as error:
         remedy = _START_OR_LET_GO if error.errno in (errno.ENOENT, errno.ECONNREFUSED) else ""
         raise QemuError(f"QMP socket {path}: {error.strerror}{remedy}", error.errno) from error
+    pid = _listener_of(connection)
     async with _loop_in_thread() as loop:
         client = QMPClient("ckptfs")
         try:
             await _greet(loop, client, connection, path, deadline)
-            yield Monitor(client, loop, deadline)
+            yield Monitor(client, loop, deadline, pid)
         finally:
             with trio.move_on_after(deadline, shield=True):
                 await _run_in(loop, _disconnect(client))
+
+
+def _listener_of(connection: socket.socket) -> int:
+    """The process that called listen(2) (struct ucred: pid, uid, gid)."""
+    pid: int = _UCRED.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))[0]
+    return pid
+
+
+def _version_of(client: QMPClient) -> str:
+    """``10.0.2 (Debian 1:10.0.2+ds-2)``, from QMP's greeting."""
+    told: Any = {} if client.greeting is None else client.greeting.QMP.version
+    try:
+        qemu = told["qemu"]
+        numbers = f"{qemu['major']}.{qemu['minor']}.{qemu['micro']}"
+        package = told.get("package")
+    except (LookupError, TypeError, AttributeError):
+        return "unknown"
+    return f"{numbers} ({package})" if package else numbers
 
 
 class _Listener(EventListener):

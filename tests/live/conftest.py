@@ -5,11 +5,12 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.cli.conftest import run_ckptfs
 from tests.live.machines import LiveCheckpoints
 from tests.mount.conftest import Mount, _adopt_orphans, mount, public
 from tests.qemu.guest import Guest
 
-__all__ = ["Mount", "_adopt_orphans", "mount", "public"]
+__all__ = ["Mount", "_adopt_orphans", "mount", "public", "run_ckptfs"]
 
 
 @pytest.fixture(scope="session")

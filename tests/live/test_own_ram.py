@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import trio
 
+from ckptfs.channels.opened import open_file
 from tests.live.machines import Machine
 from tests.mount.conftest import Mount
 from tests.mount.decode import decode
@@ -71,6 +72,9 @@ async def assert_is_right(target: Path, stepper: Stepper, run_state: str = "runn
     """See that the file is of one moment, that stock QEMU loads it, and that its guest goes on from there."""
     (ram,) = (content for idstr, content in decode(target).blocks.items() if idstr == "pc.ram")
     steps(ram, LENGTH)
+    with open_file(str(target)) as opened:
+        assert opened.trailer.machine is not None
+        assert "-kernel" in opened.trailer.machine.arguments or "-bios" in opened.trailer.machine.arguments
     async with MACHINE.anonymous(stepper) as vm:
         await vm.load(target)
         assert await vm.run_state() == run_state
