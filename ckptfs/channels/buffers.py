@@ -26,7 +26,10 @@ class AlignedBuffers:
         """Return ``length`` writable bytes (0 < length <= BUFFER_LENGTH) at a page-aligned address."""
         if not 0 < length <= BUFFER_LENGTH:
             raise ValueError(f"a buffer holds 1 to {BUFFER_LENGTH} bytes, not {length}")
-        whole = self._idle.pop() if self._idle else np.frombuffer(mmap.mmap(-1, BUFFER_LENGTH), np.uint8)
+        try:
+            whole = self._idle.pop()  # threads take buffers, too: no look before it
+        except IndexError:
+            whole = np.frombuffer(mmap.mmap(-1, BUFFER_LENGTH), np.uint8)
         loan = whole[:length]
         # memoryviews hold `loan` itself, so its death is the end of every view on the buffer
         end = weakref.ref(loan, self._give_back)

@@ -1,11 +1,15 @@
 """Writing a checkpoint: what one epoch holds, through multifd channels, into a mapped-ram file.
 
-Every window of 1 MiB is one payload: its pages come straight out of the memory that holds them or, where it
+Windows of 1 MiB are what the channels write: pages come straight out of the memory that holds them or, where it
 takes more than one memory or the base, through a buffer; zero pages are found and left as holes; the rest goes
-out in runs. Bitmaps come last, as QEMU writes them, and the stream's header very last.
+out in runs. A payload takes one window after another by itself, for a moment, as long as they are in memory: going
+back to trio for each costs more than writing it. Bitmaps come last, as QEMU writes them, and the stream's header
+very last.
 """
 
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+import threading
+import time
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -24,6 +28,9 @@ from ckptfs.mapped_ram.bitmap import PagesBitmap
 from ckptfs.mapped_ram.layout import Image, layout
 from ckptfs.migration.outgoing import coalesce, nonzero_pages, page_windows
 from ckptfs.migration.parameters import ZeroPageDetection
+
+STRETCH = 0.1
+"""Seconds: short enough for progress, deadlines, and whoever waits for a channel."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,8 @@ class SaveOptions:
     """Corrects the count."""
     deadline: float = BACKING_DEADLINE
     """Seconds after which the storage counts as silent."""
+    stretch: Callable[[], float] = lambda: STRETCH
+    """Seconds for which a payload may take windows by itself: 0, where each has to wait for bandwidth."""
 
 
 @dataclass(frozen=True)
@@ -92,6 +101,11 @@ class Window:
     stop: int
     mask: npt.NDArray[np.bool_]
 
+    @property
+    def page_count(self) -> int:
+        """How many pages hold data."""
+        return int(self.mask.sum())
+
 
 async def write_checkpoint(
     lane: Lane,
@@ -116,13 +130,11 @@ async def write_checkpoint(
         progress.total_pages = sum(bitmap.page_count for bitmap in with_data.values())
         progress.remaining_pages = sum(bitmap.count() for bitmap in with_data.values())
         progress.zero_pages = progress.total_pages - progress.remaining_pages
-        windows = data_windows(with_data, image.page_size)
-        buffers = AlignedBuffers()
+        detect = options.zero_page_detection is not ZeroPageDetection.NONE
+        writer = _Writer(data_windows(with_data, image.page_size), epoch, blocks, image.page_size, detect)
         async with trio.open_nursery() as nursery:
             for _ in range(channels.channel_count):
-                nursery.start_soon(
-                    _write_windows, windows, buffers, channels, blocks, image.page_size, epoch, options, progress
-                )
+                nursery.start_soon(_write_windows, writer, channels, options, progress)
     finally:
         await channels.aclose()
     bitmaps = [
@@ -147,68 +159,141 @@ def data_windows(with_data: dict[str, PagesBitmap], page_size: int) -> Iterator[
             yield Window(idstr, start, stop, pages.expand(start, stop).view(np.bool_))
 
 
-async def _write_windows(
-    windows: Iterable[Window],
-    buffers: AlignedBuffers,
-    channels: Channels,
-    blocks: dict[str, _OutgoingBlock],
-    page_size: int,
-    epoch: Epoch,
-    options: SaveOptions,
-    progress: Progress,
-) -> None:
+async def _write_windows(writer: "_Writer", channels: Channels, options: SaveOptions, progress: Progress) -> None:
     """Carry windows until none is left; as many of these tasks run as there are channels."""
-    for window in windows:
-        data = await read_window(epoch, window, page_size, buffers)
-        mask = window.mask
-        page_count = int(mask.sum())
-        if options.zero_page_detection is ZeroPageDetection.LEGACY:
+    page_size = writer.page_size
+    while (window := writer.take()) is not None:
+        left: Window | None = window
+        while left is not None:
+            data = await read_window(writer.epoch, left, page_size, writer.buffers)
+            awaited = left.page_count * page_size
+            await options.wait_for_bandwidth(awaited)
+            stretch = await channels.carry(partial(writer.write, left, data, options.stretch()))
+            options.charge(stretch.normal_pages * page_size - awaited)  # zero pages cost nothing
+            progress.normal_pages += stretch.normal_pages
+            progress.zero_pages += stretch.page_count - stretch.normal_pages
+            progress.remaining_pages -= stretch.page_count
+            progress.transferred += stretch.normal_pages * page_size
+            left = stretch.left
+
+
+@dataclass
+class _Stretch:
+    """What one payload did, in pages; ``left`` is a window that it took and could not write without the base."""
+
+    page_count: int = 0
+    normal_pages: int = 0
+    left: Window | None = None
+
+
+class _Writer:
+    """What the channels of a save share; `take` and `write` are called in their threads."""
+
+    def __init__(
+        self,
+        windows: Iterator[Window],
+        epoch: Epoch,
+        blocks: dict[str, _OutgoingBlock],
+        page_size: int,
+        detect_zero_pages: bool,
+    ) -> None:
+        self.epoch = epoch
+        self.page_size = page_size
+        self.buffers = AlignedBuffers()
+        self._windows = windows
+        self._one_at_a_time = threading.Lock()
+        self._blocks = blocks
+        self._detect_zero_pages = detect_zero_pages
+
+    def take(self) -> Window | None:
+        """Return the next window, None after the last."""
+        with self._one_at_a_time:
+            return next(self._windows, None)
+
+    def write(self, first: Window, data: npt.NDArray[np.uint8], seconds: float, channel: Channel) -> _Stretch:
+        """Write ``first``, which holds ``data``, and what comes next for as long as ``seconds`` and memory last."""
+        done = _Stretch()
+        end = time.monotonic() + seconds
+        window = first
+        while True:
+            done.normal_pages += self._write_pages(channel, window, data)
+            done.page_count += window.page_count
+            if channel.given_up or time.monotonic() >= end or (following := self.take()) is None:
+                return done
+            in_memory = window_in_memory(self.epoch, following, self.page_size, self.buffers)
+            if in_memory is None:
+                done.left = following
+                return done
+            window, data = following, in_memory
+
+    def _write_pages(self, channel: Channel, window: Window, data: npt.NDArray[np.uint8]) -> int:
+        """Write the pages of a window that are not zero and mark them; return how many."""
+        block, page_size, mask = self._blocks[window.idstr], self.page_size, window.mask
+        if self._detect_zero_pages:
             mask = mask & nonzero_pages(data, page_size)
-        await options.wait_for_bandwidth(page_count * page_size)
-        payload = partial(
-            _write_pages,
-            data=data,
-            mask=mask,
-            first_page=window.start,
-            block=blocks[window.idstr],
-            page_size=page_size,
-            detect_zero_pages=options.zero_page_detection is ZeroPageDetection.MULTIFD,
-        )
-        normal_pages = await channels.carry(payload)
-        options.charge((normal_pages - page_count) * page_size)  # zero pages cost nothing
-        progress.normal_pages += normal_pages
-        progress.zero_pages += page_count - normal_pages
-        progress.remaining_pages -= page_count
-        progress.transferred += normal_pages * page_size
+        for start, stop in coalesce(mask):
+            file_offset = block.pages_offset + (window.start + start) * page_size
+            channel.pwritev_all([data[start * page_size : stop * page_size].data], file_offset)
+        block.file_bmap.set_mask(window.start, mask)
+        return int(mask.sum())
 
 
-async def read_window(
+def window_in_memory(
     epoch: Epoch, window: Window, page_size: int, buffers: AlignedBuffers
-) -> npt.NDArray[np.uint8]:
-    """Return the bytes of all pages of a window, page-aligned; what pages outside its mask hold is undefined.
+) -> npt.NDArray[np.uint8] | None:
+    """Return the bytes of all pages of a window, page-aligned, None if some of them are in the base.
 
-    The newest layer that has a page counts, and the base where none has. Only pages with data are touched: a
-    layer's memory is allocated by reading it. Raises BadPagesError for a page of the base that can't be read.
+    The newest layer that has a page counts. What pages outside the window's mask hold is undefined: only pages with
+    data are touched, as a layer's memory is allocated by reading it.
     """
     stack, start, stop = epoch.stacks[window.idstr], window.start, window.stop
     segment = stack.locate(start, stop)
     if segment.stop == stop and isinstance(segment.source, Layer):
         return np.frombuffer(segment.source.view(start, stop), np.uint8)
-    layers = [(layer, layer.present.expand(start, stop).view(np.bool_)) for layer in stack.layers]
-    in_base = window.mask.copy()
-    for _, present in layers:
-        in_base &= ~present
+    if _in_base(stack, window).any():
+        return None
+    data = np.frombuffer(buffers.take((stop - start) * page_size), np.uint8)
+    _lay_over(stack, window, data.reshape(-1, page_size))
+    return data
+
+
+async def read_window(
+    epoch: Epoch, window: Window, page_size: int, buffers: AlignedBuffers
+) -> npt.NDArray[np.uint8]:
+    """The same, with pages of the base where no layer has them.
+
+    Raises BadPagesError for a page of the base that can't be read.
+    """
+    data = window_in_memory(epoch, window, page_size, buffers)
+    if data is not None:
+        return data
+    stack, start, stop = epoch.stacks[window.idstr], window.start, window.stop
+    in_base = _in_base(stack, window)
     if np.array_equal(in_base, window.mask):
         return await _fetch(epoch, window.idstr, start, in_base, page_size)
     data = np.frombuffer(buffers.take((stop - start) * page_size), np.uint8)
     pages = data.reshape(-1, page_size)
-    if in_base.any():
-        first, last = int(in_base.argmax()), in_base.size - int(in_base[::-1].argmax())
-        fetched = await _fetch(epoch, window.idstr, start + first, in_base[first:last], page_size)
-        pages[first:last] = fetched.reshape(-1, page_size)
-    for layer, present in reversed(layers):
-        pages[present] = np.frombuffer(layer.view(start, stop), np.uint8).reshape(-1, page_size)[present]
+    first, last = int(in_base.argmax()), in_base.size - int(in_base[::-1].argmax())
+    fetched = await _fetch(epoch, window.idstr, start + first, in_base[first:last], page_size)
+    pages[first:last] = fetched.reshape(-1, page_size)
+    _lay_over(stack, window, pages)
     return data
+
+
+def _in_base(stack: PageStack, window: Window) -> npt.NDArray[np.bool_]:
+    """The pages of a window that are in the base alone."""
+    in_base = window.mask.copy()
+    for layer in stack.layers:
+        in_base &= layer.present.expand(window.start, window.stop) == 0
+    return in_base
+
+
+def _lay_over(stack: PageStack, window: Window, pages: npt.NDArray[np.uint8]) -> None:
+    """Copy what layers have of a window over ``pages``, the newest last."""
+    for layer in reversed(stack.layers):
+        present = layer.present.expand(window.start, window.stop).view(np.bool_)
+        view = layer.view(window.start, window.stop)
+        pages[present] = np.frombuffer(view, np.uint8).reshape(pages.shape)[present]
 
 
 async def _fetch(
@@ -223,26 +308,6 @@ async def _fetch(
             raise
         data = error.data  # they were all written since
     return np.frombuffer(data, np.uint8)
-
-
-def _write_pages(
-    channel: Channel,
-    *,
-    data: npt.NDArray[np.uint8],
-    mask: npt.NDArray[np.bool_],
-    first_page: int,
-    block: _OutgoingBlock,
-    page_size: int,
-    detect_zero_pages: bool,
-) -> int:
-    """Write the pages of ``mask`` that are not zero and mark them; return how many. Runs in a worker thread."""
-    if detect_zero_pages:
-        mask = mask & nonzero_pages(data, page_size)
-    for start, stop in coalesce(mask):
-        file_offset = block.pages_offset + (first_page + start) * page_size
-        channel.pwritev_all([data[start * page_size : stop * page_size].data], file_offset)
-    block.file_bmap.set_mask(first_page, mask)
-    return int(mask.sum())
 
 
 async def write_extents(lane: Lane, file: BackingFile, extents: list[tuple[int, bytes]], deadline: float) -> None:

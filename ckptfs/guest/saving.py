@@ -30,7 +30,7 @@ from ckptfs.guest.layer import Layer, close_layers
 from ckptfs.guest.live import compose
 from ckptfs.guest.machine import Machine
 from ckptfs.guest.migration import Migration
-from ckptfs.guest.outgoing import Epoch, SaveOptions, Written, write_checkpoint
+from ckptfs.guest.outgoing import STRETCH, Epoch, SaveOptions, Written, write_checkpoint
 from ckptfs.guest.plain import write_stream
 from ckptfs.mapped_ram.layout import Image, empty_image
 from ckptfs.mapped_ram.page_stream import Head
@@ -378,6 +378,7 @@ def _save_options(guest: Guest) -> SaveOptions:
         zero_page_detection=parameters.zero_page_detection,
         wait_for_bandwidth=partial(_wait_for_bandwidth, guest, rate_limit),
         charge=rate_limit.charge,
+        stretch=lambda: 0.0 if guest.settings.parameters.max_bandwidth else STRETCH,
     )
 
 
