@@ -7,10 +7,10 @@ from typing import Any
 
 from ckptfs.cli.mounted import read_status
 from ckptfs.errors import CommandError, StateError
+from ckptfs.qemu.memory import id_of, naming_property
 
 Block = dict[str, Any]
 
-_OBJECTS = "/objects/"
 _WELL_FORMED_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")  # id_wellformed in util/id.c
 _SPLITTING = " \t\n*?[\\"
 """A shell splits or expands an unquoted $(...) at these."""
@@ -29,8 +29,9 @@ def qemu_args(directory: str, share: str | None, nodes: list[str] | None) -> lis
     """Return QEMU's arguments for the RAM of the mount at ``directory``.
 
     One memory backend becomes the machine's RAM; several become its NUMA nodes, in the order of ``nodes``
-    (idstrs) or of the blocks. ``share`` is "on", "off", or None for what fits the mount. With device state in
-    the checkpoint come its machine type and ``-incoming``.
+    (idstrs) or of the blocks. Those of memory devices (pc-dimm) are made too; the devices are the caller's to add.
+    ``share`` is "on", "off", or None for what fits the mount. With device state in the checkpoint come its machine
+    type and ``-incoming``.
 
     Raises StateError or CommandError where no arguments would do, saying what to do.
     """
@@ -45,10 +46,12 @@ def qemu_args(directory: str, share: str | None, nodes: list[str] | None) -> lis
         )
     backends = _in_order(directory, status, nodes)
     total = sum(block["used-length"] for block in backends)
+    plugged = [block for block in status["blocks"] if block["plugged"]]
     sharing = _sharing(path, share, read_only=status["writers"] == "none")
     arguments = ["-m", _memory(total)]
-    for block in backends:
-        arguments += ["-object", _backend(block, path, sharing)]
+    machine_type = status["base-machine"]
+    for block in backends + plugged:
+        arguments += ["-object", _backend(block, path, sharing) + naming_property(block["idstr"], machine_type)]
     machine = [status["base-machine"]] if status["vmstate"] != "none" else []
     if len(backends) == 1:
         machine.append(f"memory-backend={_id(backends[0])}")
@@ -63,8 +66,8 @@ def qemu_args(directory: str, share: str | None, nodes: list[str] | None) -> lis
 
 
 def _in_order(directory: str, status: dict[str, Any], nodes: list[str] | None) -> list[Block]:
-    """The memory backends in the order of the machine's NUMA nodes."""
-    backends = [block for block in status["blocks"] if block["backend"]]
+    """The blocks of the machine's own memory, in the order of its NUMA nodes."""
+    backends = [block for block in status["blocks"] if block["backend"] and not block["plugged"]]
     if not backends:
         raise StateError(
             f"{directory}: no RAM block here looks like a memory backend of QEMU; -o backends=ID names them"
@@ -84,7 +87,7 @@ def _in_order(directory: str, status: dict[str, Any], nodes: list[str] | None) -
 
 def _id(block: Block) -> str:
     """The id of the backend that gives a block its name (old machine types put /objects/ before it)."""
-    name = str(block["idstr"]).removeprefix(_OBJECTS)
+    name = id_of(str(block["idstr"]))
     if not _WELL_FORMED_ID.fullmatch(name):
         raise CommandError(f"RAM block {block['idstr']!r}: QEMU has no memory backend of this name")
     return name

@@ -22,9 +22,9 @@ from ckptfs.guest.resume import check_mappable, inherited_file, vmstate_of
 from ckptfs.mapped_ram.bitmap import PagesBitmap
 from ckptfs.mapped_ram.checkpoint import Checkpoint
 from ckptfs.mapped_ram.ramblock import RAMBlock
-from ckptfs.qemu.backends import is_backend
 from ckptfs.qemu.clones import Clone, MACAddresses, arguments_of
 from ckptfs.qemu.command_line import Option, escaped, join, parse, without_memory
+from ckptfs.qemu.memory import id_of, memory_of, naming_property
 
 _PROGRAMS = {
     "pc": "qemu-system-x86_64",
@@ -59,12 +59,13 @@ class Resumed:
         options = []
         for block in self.backends:
             place = f"mem-path={escaped(path)},offset={block.pages_offset},share=off,readonly=on,rom=off"
+            name, plain = id_of(block.idstr), naming_property(block.idstr, self.checkpoint.machine)
             options.append(
-                Option("object", f"memory-backend-file,id={block.idstr},size={block.used_length},{place}")
+                Option("object", f"memory-backend-file,id={name},size={block.used_length},{place}{plain}")
             )
         machine = self.checkpoint.machine
         if len(self.backends) == 1:
-            machine += f",memory-backend={self.backends[0].idstr}"
+            machine += f",memory-backend={id_of(self.backends[0].idstr)}"
         return [*options, Option("m", f"{self.backends[0].used_length}B"), Option("machine", machine)]
 
 
@@ -122,7 +123,8 @@ def _opened(arguments: argparse.Namespace) -> Iterator[Resumed]:
         try:
             if opened.content.stream is not None:
                 raise StateError("is a plain stream, which QEMU can't map: mount it, and `save` to another name")
-            backends = tuple(block for block in opened.checkpoint.blocks if is_backend(block.idstr))
+            names = memory_of([block.idstr for block in opened.checkpoint.blocks]).main
+            backends = tuple(block for block in opened.checkpoint.blocks if block.idstr in names)
             yield Resumed(opened.path, opened.fd, opened.checkpoint, opened.file_bmaps, backends)
         except CheckpointError as error:
             raise error.of_file(opened.path) from None

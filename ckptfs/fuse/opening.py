@@ -28,7 +28,7 @@ from ckptfs.fuse.sharing import Sharing
 from ckptfs.fuse.view_files import ViewFiles
 from ckptfs.guest.guest import Guest
 from ckptfs.guest.views import refuse_written
-from ckptfs.guest.vmstate import backends_on, vmstate
+from ckptfs.guest.vmstate import memory_on, vmstate
 from ckptfs.namespace.options import MountOptions
 from ckptfs.namespace.status import format_status, format_status_json
 from ckptfs.namespace.tree import Node, NodeKind
@@ -112,9 +112,7 @@ class Opening:
                 text = control.capability_text(subject)
                 return SettingHandle(inode, opener, text, lambda data: control.set_capability(subject, data))
             case NodeKind.VIEW if self._views is not None:
-                await self._page_cache.flush(
-                    list(self._guest.blocks)
-                )  # what a machine has written may be there yet
+                await self._guest.flush(list(self._guest.blocks))  # what a machine has written may be there yet
                 refuse_written(self._guest)
                 return ViewHandle(inode, opener, self._guest, self._views.layout(subject))
             case NodeKind.VMSTATE:
@@ -138,12 +136,12 @@ class Opening:
         """The stream that starts a machine on this RAM, for whoever has this RAM as his own."""
         guest, ram_files = self._guest, self._ram_files
         await guest.flush(list(guest.blocks))  # the kernel may hold pages that a machine has written
-        left_out = backends_on(guest, self._options.backends)
+        memory = memory_on(guest, self._options.backends)
         user, others = await trio.to_thread.run_sync(
-            ram_users, opener.pid, ram_files.openers, ram_files.files(left_out)
+            ram_users, opener.pid, ram_files.openers, ram_files.files(guest.blocks)
         )
         try:
-            stream = await vmstate(guest, left_out, user, others)
+            stream = await vmstate(guest, memory, user, others)
         except StateError as error:
             log.warning("vmstate was refused to process %d: %s", opener.pid, error)
             guest.machines.note_vmstate(str(error))

@@ -8,7 +8,7 @@ from ckptfs import __version__
 from ckptfs.guest.block import GuestBlock, PageState
 from ckptfs.guest.guest import Guest
 from ckptfs.guest.migration import Migration
-from ckptfs.guest.vmstate import backends_on
+from ckptfs.guest.vmstate import memory_on
 from ckptfs.migration.query import MigrationStats, QueryMigrate
 from ckptfs.migration.status import MigrationStatus
 from ckptfs.namespace.status import BadPage, BlockStatus, MountState, Status
@@ -74,6 +74,7 @@ def describe_mount(
     guest: Guest, origin: Origin, last_command: str | None, last_outcome: str | None, shared_use: str | None
 ) -> Status:
     """A moment of the mount."""
+    memory = memory_on(guest, origin.backends)
     machine, readers = guest.machines.bound, guest.readers
     checkpoint = None if guest.base is None else guest.base.checkpoint
     blocks = tuple(describe_block(block) for block in guest.blocks.values())
@@ -111,7 +112,8 @@ def describe_mount(
         base_machine=None if checkpoint is None else checkpoint.machine,
         base_run_state=None if checkpoint is None else checkpoint.run_state,
         base_devices=() if checkpoint is None else tuple(section.idstr for section in checkpoint.sections),
-        backends=tuple(backends_on(guest, origin.backends)),
+        memory=memory.main,
+        plugged=memory.plugged,
     )
 
 

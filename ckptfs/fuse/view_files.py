@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from ckptfs.guest.base import Base
 from ckptfs.guest.guest import Guest
 from ckptfs.guest.views import Views, look
-from ckptfs.guest.vmstate import backends_on
+from ckptfs.guest.vmstate import memory_on
 from ckptfs.physical.layouts import Layout
 
 
@@ -29,7 +29,7 @@ class ViewFiles:
         base = self._guest.base
         if base is self._base:
             return
-        views = await look(self._guest, backends_on(self._guest, self._backends), self._named)
+        views = await look(self._guest, memory_on(self._guest, self._backends).main, self._named)
         if base is self._guest.base and base is not self._base:  # nobody else has looked, and it is still the same
             self._views, self._base = views, base
             self.generation += 1

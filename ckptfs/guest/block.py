@@ -159,6 +159,11 @@ class GuestBlock:
         self.stack = PageStack(self.page_count, (top,), layer if keep_restored else None, base)
         return dropped if keep_restored else [*dropped, layer]
 
+    def forget_base(self) -> None:
+        """The checkpoint has this block no more: what it had of it is zeros from now on."""
+        self.received.clear_all()
+        self.stack = replace(self.stack, restored=None, base=None)
+
     def reset(self, layer: Layer) -> tuple[Layer, ...]:
         """Drop every page written since the base; ``layer`` is empty, and for what is written from now on.
 

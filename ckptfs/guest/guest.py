@@ -10,13 +10,15 @@ import errno
 import logging
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Final, Protocol
 
+import numpy as np
 import trio
 
 from ckptfs.errors import CommandError, StateError, StorageError
 from ckptfs.guest.base import BadPagesError, Base
-from ckptfs.guest.block import Content, GuestBlock
+from ckptfs.guest.block import Content, GuestBlock, Segment
 from ckptfs.guest.incoming import restore_blocks
 from ckptfs.guest.layer import Layer, close_layers
 from ckptfs.guest.machine import Machines
@@ -24,6 +26,8 @@ from ckptfs.guest.migration import Migrations
 from ckptfs.guest.outgoing import Epoch
 from ckptfs.guest.readers import Readers
 from ckptfs.guest.settings import Settings
+from ckptfs.mapped_ram.bitmap import Run
+from ckptfs.migration.outgoing import coalesce, page_windows
 from ckptfs.migration.status import MigrationStatus
 from ckptfs.namespace.status import counted
 from ckptfs.qemu.backends import RAMFile
@@ -171,7 +175,10 @@ class Guest:
             raise StateError("this mount has RAM already: mount `none` to fill it from a checkpoint", errno.EEXIST)
 
     def add_block(self, idstr: str, used_length: int) -> None:
-        """Give a fresh guest one more RAM block, of zero pages; of no pages until `give_size` if need be."""
+        """Give a guest one more RAM block, of zero pages; of no pages until `give_size` if need be.
+
+        One with a checkpoint can have more only for memory to be plugged into its machine.
+        """
         self._refuse_fixed(idstr)
         self._blocks[idstr] = GuestBlock(idstr, self._page_count(idstr, used_length), self.page_size)
 
@@ -212,8 +219,12 @@ class Guest:
         return used_length // self.page_size
 
     def _refuse_fixed(self, idstr: str) -> None:
-        if self.base is not None:
-            raise StateError(f"{idstr}: the RAM blocks of a guest that has a checkpoint are fixed", errno.EPERM)
+        if self.base is not None and self.machines.bound is None:
+            raise StateError(
+                f"{idstr}: the RAM blocks of a guest that has a checkpoint are fixed; where memory is to be "
+                "plugged into a machine, bind its QMP socket first (qmp SOCKET)",
+                errno.EPERM,
+            )
         migration = self.migrations.newest
         if migration.running:
             raise StateError(f"{idstr}: a {migration.kind} is running: RAM blocks are fixed until it ends")
@@ -388,15 +399,18 @@ class Guest:
                 # its file, if it has one, shows from now on what the machine had
                 block = self._blocks.setdefault(idstr, fresh[idstr])
                 dropped += block.replace(frozen, fresh[idstr], base.blocks[idstr], keep_restored=self.restored)
+        gone = [block for block in self.blocks.values() if block.stack.base and block.idstr not in epoch.stacks]
+        for block in gone:
+            block.forget_base()
         self._base, self._page_size = base, base.checkpoint.page_size
         await close_layers(dropped)
         if self.restored:
             await base.aclose()
         elif former is not None:
             await former.aclose()
-        if epoch.carried:
+        if epoch.carried or gone:
             try:
-                await self._page_cache.forget(epoch.carried)
+                await self._page_cache.forget([*epoch.carried, *(block.idstr for block in gone)])
             except StateError as error:
                 log.warning("ram/ may show what was there before the save: %s", error)
 
@@ -446,6 +460,44 @@ class Guest:
             self.readers.note_full()
             await self.base.aclose()
         return f"restored {self.base.path}: {migration.summary()}"
+
+    async def drop_unchanged(self) -> None:
+        """Forget written pages that hold what the checkpoint holds.
+
+        A page that was faulted for writing counts as written, whatever was done to it: QEMU's prealloc=on touches
+        all of RAM before it starts.
+        """
+        for block in self.blocks.values():
+            for window in page_windows(block.written, self.page_size):
+                for run in list(block.written.runs(*window)):
+                    await self._drop_unchanged(block, run)
+
+    async def _drop_unchanged(self, block: GuestBlock, run: Run) -> None:
+        base, beneath = self.base, replace(block.stack, written=())
+        content = b""
+        for segment in beneath.segments(*run):
+            part = await self._content(block, segment)
+            if part is None:
+                return
+            content += part
+        # no await from here on: what is compared is what is dropped
+        if self.base is not base or self.migrations.newest.running:
+            return
+        (layer,) = block.stack.written
+        if not layer.present.all(*run):
+            return
+        pages = np.frombuffer(layer.view(*run), np.uint8).reshape(-1, self.page_size)
+        former = np.frombuffer(content, np.uint8).reshape(-1, self.page_size)
+        for start, stop in coalesce((pages == former).all(axis=1)):
+            layer.discard(run.start + start, run.start + stop)
+
+    async def _content(self, block: GuestBlock, segment: Segment) -> memoryview | None:
+        """What a segment holds; None if the base was replaced meanwhile."""
+        if isinstance(segment.source, Layer):
+            return segment.source.view(segment.start, segment.stop)
+        if segment.source is Content.ZERO:
+            return _ZEROS[: (segment.stop - segment.start) * self.page_size]
+        return await self._fetch(block, segment.start, segment.stop)
 
     async def reset(self) -> str:
         """Drop every written page: RAM is the checkpoint again.

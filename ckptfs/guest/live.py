@@ -13,6 +13,7 @@ from ckptfs.mapped_ram.precopy import PrecopyStream, read_precopy
 from ckptfs.mapped_ram.ramblock import RAMBlock
 from ckptfs.mapped_ram.stream import BytesSource
 from ckptfs.qemu.capture.mounted import Capture
+from ckptfs.qemu.memory import memory_of
 
 
 def compose(capture: Capture[Epoch], blocks: Collection[str]) -> tuple[Epoch, Image]:
@@ -25,7 +26,7 @@ def compose(capture: Capture[Epoch], blocks: Collection[str]) -> tuple[Epoch, Im
     stream = read_precopy(source)
     checkpoint = stream.checkpoint
     frozen = capture.epoch.stacks
-    _check_blocks(checkpoint, frozen, blocks)
+    _check_blocks(checkpoint, frozen, memory_of(list(blocks)).main)
     _refuse_left_out(checkpoint, stream, frozen)
     carried = {
         block.idstr: _stack_of(stream, source, block) for block in checkpoint.blocks if block.idstr not in frozen
@@ -35,10 +36,15 @@ def compose(capture: Capture[Epoch], blocks: Collection[str]) -> tuple[Epoch, Im
     return Epoch(frozen | carried, capture.epoch.base, frozenset(carried)), image
 
 
-def _check_blocks(checkpoint: Checkpoint, frozen: dict[str, PageStack], blocks: Collection[str]) -> None:
-    """QEMU must have all ``blocks`` of the mount, in the same size: a checkpoint is of both, or of neither."""
+def left_out(epoch: Epoch, blocks: Collection[str]) -> list[str]:
+    """The blocks of the mount that are no RAM of this QEMU now: reserved for memory devices, or unplugged again."""
+    return [idstr for idstr in blocks if idstr not in epoch.stacks]
+
+
+def _check_blocks(checkpoint: Checkpoint, frozen: dict[str, PageStack], memory: Collection[str]) -> None:
+    """QEMU must have the main ``memory`` of the mount, and all that is frozen in the same size."""
     lengths = {block.idstr: block.used_length for block in checkpoint.blocks}
-    for idstr in blocks:
+    for idstr in memory:
         if idstr not in lengths:
             raise QemuError(f"the block {idstr!r} of this mount is no RAM of this QEMU", errno.EINVAL)
     for idstr, stack in frozen.items():

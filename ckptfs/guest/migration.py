@@ -34,6 +34,8 @@ class Migration:
     downtime: float | None = None
     way: str | None = None
     """How a machine's RAM was captured, if not on the mount: ``snapshot``, ``precopy``."""
+    remark: str | None = None
+    """What whoever waits for it should know besides."""
 
     @property
     def running(self) -> bool:
@@ -69,7 +71,9 @@ class Migration:
         text = f"{pages}, {progress.zero_pages} zero, in {self.total_time():.3f} s"
         if self.downtime is not None:
             text += f", guest paused {self.downtime * 1000:.1f} ms"
-        return text if self.way is None else f"{text}, captured by {self.way}"
+        if self.way is not None:
+            text += f", captured by {self.way}"
+        return text if self.remark is None else f"{text}; {self.remark}"
 
 
 class Migrations:

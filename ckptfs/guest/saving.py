@@ -27,7 +27,7 @@ from ckptfs.guest.base import Base
 from ckptfs.guest.block import GuestBlock
 from ckptfs.guest.guest import Guest
 from ckptfs.guest.layer import Layer, close_layers
-from ckptfs.guest.live import compose
+from ckptfs.guest.live import compose, left_out
 from ckptfs.guest.machine import Machine
 from ckptfs.guest.migration import Migration
 from ckptfs.guest.outgoing import STRETCH, Epoch, SaveOptions, Written, write_checkpoint
@@ -271,6 +271,8 @@ async def _capture(guest: Guest, machine: Machine) -> tuple[Epoch, Image] | None
         captured = await capture(monitor, flush, partial(guest.freeze, found))
     epoch, image = await trio.to_thread.run_sync(compose, captured, list(guest.blocks))
     guest.migrations.newest.downtime = captured.downtime
+    if absent := left_out(epoch, guest.blocks):
+        guest.migrations.newest.remark = f"{', '.join(absent)} is no RAM of this QEMU now, and left out"
     guest.machines.note_run()
     return epoch, replace(image, trailer=trailer)
 

@@ -8,47 +8,58 @@ from ckptfs.guest.block import GuestBlock
 from ckptfs.guest.guest import Guest
 from ckptfs.mapped_ram.precopy import vmstate_stream
 from ckptfs.migration.outgoing import page_windows
-from ckptfs.qemu.backends import is_backend
+from ckptfs.qemu.memory import MachineMemory, memory_of
 from ckptfs.qemu.users import RAMUser
 
 
-def backends_on(guest: Guest, named: Collection[str]) -> list[str]:
-    """The blocks that a machine has as memory backends on this mount, so that its stream leaves them out.
-
-    Those ``named``, if any are; by default those that look like main memory (`is_backend`).
-    """
-    return [idstr for idstr in guest.blocks if (idstr in named if named else is_backend(idstr))]
+def memory_on(guest: Guest, named: Collection[str]) -> MachineMemory:
+    """The blocks that a machine has as memory backends on this mount; ``named`` is option backends=."""
+    return memory_of(list(guest.blocks), named)
 
 
-async def vmstate(guest: Guest, left_out: list[str], user: RAMUser, others: list[RAMUser]) -> bytes:
+async def vmstate(guest: Guest, memory: MachineMemory, user: RAMUser, others: list[RAMUser]) -> bytes:
     """Return the stream from which stock QEMU starts on this RAM (`-incoming file:DIR/vmstate`).
 
-    ``user`` is the process that asks for it, ``others`` are those that have some of RAM open. Raises
-    StateError (EPERM), saying what to do, where RAM and device state would not belong together: QEMU itself
+    ``user`` is the process that asks for it, ``others`` are those that have some of RAM open. The stream leaves out
+    what ``user`` has of this mount as its RAM: all of main memory at least. Everything else is inside of it. Pages
+    that were written and hold what the checkpoint holds are no reason to refuse it (QEMU's prealloc=on).
+
+    Raises StateError (EPERM), saying what to do, where RAM and device state would not belong together: QEMU itself
     would start such a guest without a word, and corrupt it.
     """
     if guest.base is None:
         raise StateError("there is no checkpoint behind this mount", errno.ENOENT)
+    _refuse_stranger(memory, user)
+    _refuse_shared_use(user, others)
+    if guest.has_written:
+        await guest.drop_unchanged()
     if guest.has_written:
         raise StateError(
             "pages were written since the checkpoint, so its device state does not belong to this RAM: "
             "`reset` drops them, `save` makes a new checkpoint",
             errno.EPERM,
         )
-    missing = [idstr for idstr in left_out if idstr not in user.holds]
-    if missing:
-        raise StateError(
-            f"the process does not have {', '.join(missing)} of this mount as its RAM: "
-            "start QEMU with the arguments that `ckptfs qemu-args` prints",
-            errno.EPERM,
-        )
-    _refuse_shared_use(user, others)
-    inside = [block for idstr, block in guest.blocks.items() if idstr not in left_out]
+    left_out = [block.idstr for block in guest.base.checkpoint.blocks if block.idstr in user.holds]
+    inside = [guest.blocks[block.idstr] for block in guest.base.checkpoint.blocks if block.idstr not in user.holds]
     pages = [run for block in inside for run in await _runs(guest, block)]
     stream = vmstate_stream(guest.base.checkpoint, left_out, pages, guest.base.setup, guest.base.device_state)
     if user.maps_shared:
         guest.machines.note_run()
     return stream
+
+
+def _refuse_stranger(memory: MachineMemory, user: RAMUser) -> None:
+    """The process has to have the machine's memory of this mount, or its RAM is somebody else's."""
+    missing = [idstr for idstr in memory.main if idstr not in user.holds]
+    if not missing and user.holds:
+        return
+    text = (
+        f"the process does not have {', '.join(missing) or 'any RAM'} of this mount as its RAM: "
+        "start QEMU with the arguments that `ckptfs qemu-args` prints"
+    )
+    if memory.by_name and user.holds:
+        text += ", or name the blocks that are memory of the machine: mount with -o backends=ID:ID"
+    raise StateError(text, errno.EPERM)
 
 
 async def _runs(guest: Guest, block: GuestBlock) -> list[tuple[str, int, bytes]]:

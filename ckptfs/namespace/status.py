@@ -99,8 +99,10 @@ class Status:
     """In which state a machine is that is started from it: ``running``, ``paused``."""
     base_devices: tuple[str, ...] = ()
     """The device sections in it."""
-    backends: tuple[str, ...] = ()
-    """The blocks (idstrs) that a machine has as memory backends on this mount."""
+    memory: tuple[str, ...] = ()
+    """The blocks (idstrs) that are a machine's memory: it has them as memory backends on this mount."""
+    plugged: tuple[str, ...] = ()
+    """Others that may be memory backends, of memory devices."""
     views: tuple[str, ...] = ()
     """The names in views/."""
     missing_views: dict[str, str] = field(default_factory=dict)
@@ -129,7 +131,8 @@ def format_status_json(status: Status) -> str:
             "file": f"ram/{encode_name(block.idstr).decode()}",
             "page-size": block.page_size,
             "used-length": block.used_length,
-            "backend": block.idstr in status.backends,
+            "backend": block.idstr in status.memory + status.plugged,
+            "plugged": block.idstr in status.plugged,
             **_page_counts((block,)),
         }
         for block in status.blocks

@@ -10,25 +10,13 @@ from typing import TYPE_CHECKING
 import trio
 
 from ckptfs.errors import QemuError
+from ckptfs.namespace.names import encode_name
+from ckptfs.qemu.memory import OBJECTS, PLAIN_NAME, id_of
 
 if TYPE_CHECKING:
     from ckptfs.qemu.monitor import Monitor
 
-_OBJECTS = "/objects/"
 _RAM_BLOCK_LINE = re.compile(r"\s*(\S.*?)\s+\d+ [KMG]?i?B\s+0x")
-_FIRMWARE = re.compile(r"(^|\.)(rom|bios|vram|flash\d*|vgafb|fb)$|^vga\.|^system\.flash")
-
-
-def is_backend(idstr: str) -> bool:
-    """Whether QEMU can have a block of this name as a memory backend, by its name alone.
-
-    The rule: blocks of devices carry the device's path (``0000:00:02.0/vga.vram``) or a fw_cfg name
-    (``/rom@etc/acpi/tables``); firmware and display memory of the machine itself end in rom, bios, vram, flash or
-    fb. Everything else is main memory: ``pc.ram``, ``mach-virt.ram``, a backend's id (or ``/objects/ID``, as old
-    machine types have it).
-    """
-    name = idstr.removeprefix(_OBJECTS)
-    return "/" not in name and not _FIRMWARE.search(name)
 
 
 @dataclass(frozen=True)
@@ -55,36 +43,60 @@ async def check_backends(monitor: "Monitor", files: Iterable[RAMFile]) -> set[st
         if not entry["type"].startswith("child<memory-backend-"):
             continue
         name, kind = entry["name"], entry["type"][len("child<") : -1]
-        idstr = next((idstr for idstr in (name, _OBJECTS + name) if idstr in used), None)
+        idstr = next((idstr for idstr in (name, OBJECTS + name) if idstr in used), None)
         if idstr is None:
             continue  # an object that no machine or device uses
-        problem, fitting = await _problem(monitor, name, kind, idstr, by_inode)
-        if problem is not None:
-            size = await monitor.execute("qom-get", path=_OBJECTS + name, property="size")
-            fitting_name = fitting.removeprefix(_OBJECTS)
-            mem_path = paths.get(fitting, f"DIR/ram/{fitting_name}")
+        misfit = await _misfit(monitor, name, kind, idstr, by_inode)
+        if misfit is not None:
+            size = await monitor.execute("qom-get", path=OBJECTS + name, property="size")
             raise QemuError(
-                f"QEMU's RAM {idstr!r} {problem}: start QEMU with "
-                f"-object memory-backend-file,id={fitting_name},size={size},mem-path={mem_path},share=on",
-                errno.EINVAL,
+                f"QEMU's RAM {idstr!r} {misfit.problem}: {_remedy(misfit, int(size), paths)}", errno.EINVAL
             )
         found.add(idstr)
     return found
 
 
-async def _problem(
+@dataclass(frozen=True)
+class _Misfit:
+    """What keeps a backend from being a block of this mount, which block ``idstr`` it should be, and how."""
+
+    problem: str
+    idstr: str
+    properties: str = ""
+
+
+async def _misfit(
     monitor: "Monitor", name: str, kind: str, idstr: str, by_inode: dict[tuple[int, int], RAMFile]
-) -> tuple[str | None, str]:
-    """What keeps backend ``name`` from being block ``idstr`` of this mount, and which block it should be."""
+) -> _Misfit | None:
+    """See whether backend ``name``, which is QEMU's block ``idstr``, is that block of the mount."""
     if kind != "memory-backend-file":
-        return f"is a {kind}, not a file of this mount", idstr
-    if not await monitor.execute("qom-get", path=_OBJECTS + name, property="share"):
-        return "is share=off, so what it writes stays private", idstr
-    mem_path = await monitor.execute("qom-get", path=_OBJECTS + name, property="mem-path")
+        return _Misfit(f"is a {kind}, not a file of this mount", idstr)
+    if not await monitor.execute("qom-get", path=OBJECTS + name, property="share"):
+        return _Misfit("is share=off, so what it writes stays private", idstr)
+    mem_path = await monitor.execute("qom-get", path=OBJECTS + name, property="mem-path")
     file = by_inode.get(await trio.to_thread.run_sync(_identify, mem_path))
     if file is None:
-        return f"lies in {mem_path}, not on this mount", idstr
-    return None if file.idstr == idstr else f"lies in the file of block {file.idstr!r}", file.idstr
+        return _Misfit(f"lies in {mem_path}, which is no file in this mount's ram/", idstr)
+    if idstr == OBJECTS + file.idstr:
+        return _Misfit(
+            f"is block {file.idstr!r} of this mount, which this machine type calls otherwise",
+            file.idstr,
+            PLAIN_NAME,
+        )
+    return None if file.idstr == idstr else _Misfit(f"lies in the file of block {file.idstr!r}", file.idstr)
+
+
+def _remedy(misfit: _Misfit, size: int, paths: dict[str, str]) -> str:
+    """How QEMU has to be started instead."""
+    mem_path, first = paths.get(misfit.idstr), "start"
+    if mem_path is None:
+        folder = os.path.dirname(next(iter(paths.values()), "DIR/ram/"))
+        mem_path = os.path.join(folder, os.fsdecode(encode_name(id_of(misfit.idstr))))
+        first = f"make the block with `truncate -s {size} {mem_path}`, and start"
+    return (
+        f"{first} QEMU with -object memory-backend-file,id={id_of(misfit.idstr)},size={size},mem-path={mem_path},"
+        f"share=on{misfit.properties}"
+    )
 
 
 async def _named_blocks(monitor: "Monitor") -> set[str]:

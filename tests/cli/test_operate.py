@@ -121,7 +121,7 @@ def test_restore_prefetch_and_reset(mounted: Mounted, mount: Mount, tmp_path: Pa
     with (incoming.ram / "pc.ram").open("r+b", buffering=0) as file:
         file.write(b"x")
         assert "end it first" in run_ckptfs("reset", incoming.path, code=1).stderr
-    assert run_ckptfs("reset", incoming.path).stdout == "1 written pages dropped\n"
+    assert run_ckptfs("reset", incoming.path).stdout == "1 written page dropped\n"
     assert run_ckptfs("restore", incoming.path).stdout.startswith(f"restored {tmp_path}/storage/vm")
     assert incoming.status()["restored"] is True
 

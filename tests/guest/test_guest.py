@@ -10,6 +10,7 @@ from ckptfs.errors import StateError
 from ckptfs.guest.guest import Guest, NoPageCache
 from ckptfs.guest.saving import save
 from tests.doubles.checkpoints import fill, open_base, ram_in, ram_of, save_request
+from tests.doubles.migration_file import Block, MigrationFile
 
 PAGE = 4096
 PAGE_COUNT = 64
@@ -81,3 +82,31 @@ async def test_a_reset_undoes_that_a_machine_has_run(guest: Guest, tmp_path: Pat
     await guest.write(block, 9, b"a patch by hand")
     await save(guest, save_request(tmp_path / "checkpoint"))
     assert ram_in(tmp_path / "checkpoint")["pc.ram"] == patched(GOLDEN, 9, b"a patch by hand")
+
+
+async def test_pages_that_hold_what_the_checkpoint_holds_are_not_written(guest: Guest) -> None:
+    block = guest.blocks["pc.ram"]
+    for start, stop in ((0, 20), (30, 64)):
+        await guest.write(block, start * PAGE, GOLDEN[start * PAGE : stop * PAGE])
+    await guest.write(block, 33 * PAGE + 100, b"new")
+    await guest.write(block, 40 * PAGE, bytes(2 * PAGE))
+    await guest.drop_unchanged()
+    assert list(block.written.runs()) == [(33, 34)]
+    assert (await ram_of(guest))["pc.ram"] == patched(GOLDEN, 33 * PAGE + 100, b"new")
+    await guest.reset()
+    await guest.restore()
+    await guest.write(block, 0, GOLDEN[: 10 * PAGE])
+    await guest.drop_unchanged()
+    assert not guest.has_written
+
+
+async def test_a_block_that_the_next_checkpoint_has_no_more(tmp_path: Path) -> None:
+    both, one = tmp_path / "both", tmp_path / "one"
+    blocks = [Block("a", 4, {1: b"a"}), Block("b", 4, {2: b"b"})]
+    MigrationFile(blocks=blocks).write(both)
+    MigrationFile(blocks=blocks[:1]).write(one)
+    guest = Guest.incoming(open_base(both))
+    await guest.rebase(guest.freeze(["a"]), {}, open_base(one))
+    assert (await ram_of(guest))["b"] == bytes(4 * PAGE)
+    assert (await ram_of(guest))["a"][PAGE : PAGE + 1] == b"a"
+    guest.close()

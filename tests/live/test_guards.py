@@ -67,13 +67,29 @@ def test_a_process_that_holds_all_of_the_ram_may_read_it(checkpoints: LiveCheckp
 async def test_pages_were_written(checkpoints: LiveCheckpoints, mount: Mount) -> None:
     checkpoint = checkpoints.live(SMALL)
     mounted = mount(checkpoint.path)
-    (page,) = patch(mounted.ram / "pc.ram", b"\0" * 4096, at=0x8000)
-    assert page == b"\0" * 4096
+    (page,) = patch(mounted.ram / "pc.ram", b"\1" * 4096, at=0x8000)
+    assert page == b"\1" * 4096
     with refused(mounted, "`reset` drops them, `save` makes a new checkpoint"):
         await assert_does_not_start(SMALL.on(mounted.ram, checkpoint.guest, incoming=incoming(mounted)))
     assert mounted.ctl("reset") == "ok 1 written page dropped"
     async with SMALL.on(mounted.ram, checkpoint.guest, incoming=incoming(mounted)) as vm:
         assert await vm.tick() > checkpoint.last_tick
+
+
+async def test_pages_that_were_written_with_what_they_held(checkpoints: LiveCheckpoints, mount: Mount) -> None:
+    """As QEMU does with prealloc=on (libvirt: allocation mode immediate), before it opens vmstate."""
+    checkpoint = checkpoints.live(SMALL)
+    mounted = mount(checkpoint.path)
+    with (mounted.ram / "pc.ram").open("rb") as file:
+        part = os.pread(file.fileno(), 3 << 20, 16 << 20)
+    patch(mounted.ram / "pc.ram", part, at=16 << 20)
+    patch(mounted.ram / "pc.ram", bytes(4096), at=0x8000)
+    assert mounted.status()["written-pages"] == 769
+    async with SMALL.on(
+        mounted.ram, checkpoint.guest, share="share=on,prealloc=on", incoming=incoming(mounted)
+    ) as vm:
+        assert await vm.tick() > checkpoint.last_tick
+        await goes_on(vm)
 
 
 def patch(ram: Path, data: bytes, at: int) -> list[bytes]:
@@ -93,7 +109,7 @@ async def test_a_second_guest_on_shared_ram(checkpoints: LiveCheckpoints, mount:
     async with SMALL.on(mounted.ram, checkpoint.guest, incoming=incoming(mounted)) as vm:
         await vm.tick()
         for share in ("share=on", "share=off"):
-            with refused(mounted, "pages were written since the checkpoint"):
+            with refused(mounted, f"process {vm.pid} has this RAM with share=on"):
                 other = SMALL.on(mounted.ram, checkpoint.guest, share=share, incoming=incoming(mounted))
                 await assert_does_not_start(other)
         await goes_on(vm)

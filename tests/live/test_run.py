@@ -91,7 +91,7 @@ async def test_a_save_over_its_name_changes_nothing_of_it(
 
 
 AS_NOBODY = """\
-import os, sys
+import locale, os, sys
 from ckptfs.cli import run
 from ckptfs.cli.ckptfs import main
 os.setgroups([])

@@ -37,7 +37,7 @@ IDLE = Status(
     base_machine="pc-i440fx-10.0",
     base_run_state="running",
     base_devices=("timer", "globalstate"),
-    backends=("pc.ram",),
+    memory=("pc.ram",),
     blocks=(BlockStatus("pc.ram", 4096, 10, 1, 2, 3, 4), BlockStatus("/rom a", 4096, 5, 5, 0, 0, 0)),
 )
 SAVING = dataclasses.replace(
