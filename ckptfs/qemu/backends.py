@@ -120,7 +120,7 @@ async def has_ram_on(monitor: "Monitor", files: Iterable[RAMFile]) -> bool:
     for entry in await monitor.execute("qom-list", path="/objects"):
         if entry["type"] != "child<memory-backend-file>":
             continue
-        path = _OBJECTS + entry["name"]
+        path = OBJECTS + entry["name"]
         if await monitor.execute("qom-get", path=path, property="share"):
             mem_path = await monitor.execute("qom-get", path=path, property="mem-path")
             if await trio.to_thread.run_sync(_identify, mem_path) in inodes:
