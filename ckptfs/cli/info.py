@@ -119,10 +119,12 @@ def _describe_block(block: RAMBlock, file_bmap: PagesBitmap | None) -> Document:
 
 
 def _describe_vmdesc(checkpoint: Checkpoint) -> str:
-    """How the JSON at the end of the stream fares: whole, cut (the file ends inside it), none."""
+    """How the JSON at the end of the stream fares: whole, cut (the file ends inside it), unreadable, none."""
+    if checkpoint.vmdesc is not None:
+        return "whole"
     if checkpoint.vmdesc_cut:
         return "cut"
-    return "none" if checkpoint.vmdesc is None else "whole"
+    return "unreadable" if checkpoint.has_vmdesc else "none"
 
 
 def _sections(checkpoint: Checkpoint) -> tuple[Section, ...]:

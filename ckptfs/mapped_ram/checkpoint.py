@@ -48,7 +48,7 @@ class Checkpoint:
     the RAM section up to and including the vmdesc, but without that if the file ends inside it (``vmdesc_cut``). If
     ``opaque``, there is device state but its sections could not be told apart, and it is taken to reach to the end
     of the file. ``run_state`` is the source's, as the section globalstate has it ("running", "paused", ...), or
-    None without one.
+    None without one. ``vmdesc`` is None also where there is one (``has_vmdesc``) that can't be read.
     """
 
     stream_offset: int
@@ -68,6 +68,7 @@ class Checkpoint:
     device_state_length: int
     vmdesc: dict[str, Any] | None
     vmdesc_offset: int | None
+    has_vmdesc: bool
     vmdesc_cut: bool
     run_state: str | None
 
@@ -120,7 +121,7 @@ def read_checkpoint(source: Source, stream_offset: int = 0) -> tuple[Checkpoint,
 def first_sound(candidates: Iterable[Vmdesc], read_with: Callable[[Vmdesc | None], Checkpoint]) -> Checkpoint:
     """The checkpoint as the first vmdesc describes it that fits; without any, as it can be told without one.
 
-    Raises CheckpointError if none of them fits.
+    Raises CheckpointError if none of them fits. But the stream may have none, and what follows it may have one.
     """
     error = None
     for vmdesc in islice(candidates, _MAX_VMDESCS):
@@ -128,9 +129,15 @@ def first_sound(candidates: Iterable[Vmdesc], read_with: Callable[[Vmdesc | None
             return read_with(vmdesc)
         except CheckpointError as misfit:
             error = error or misfit
-    if error is not None:
+    if error is None:
+        return read_with(None)
+    try:
+        checkpoint = read_with(None)
+    except CheckpointError:
+        raise error from None
+    if checkpoint.opaque or checkpoint.has_vmdesc:
         raise error
-    return read_with(None)
+    return checkpoint
 
 
 def finish_checkpoint(
@@ -170,6 +177,7 @@ def finish_checkpoint(
         device_state_length=end_offset - device_state_offset,
         vmdesc=None if vmdesc is None else vmdesc.description,
         vmdesc_offset=None if vmdesc is None else vmdesc.file_offset,
+        has_vmdesc=walker.has_vmdesc,
         vmdesc_cut=walker.vmdesc_cut,
         run_state=_read_run_state(source, sections),
     )

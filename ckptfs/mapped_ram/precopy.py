@@ -23,7 +23,7 @@ from ckptfs.mapped_ram.checkpoint import Checkpoint, finish_checkpoint, first_so
 from ckptfs.mapped_ram.layout import frame, image_of
 from ckptfs.mapped_ram.ram_section import read_block_list, read_ram_start, read_ram_start_end
 from ckptfs.mapped_ram.ramblock import RAMBlock
-from ckptfs.mapped_ram.sections import SectionWalker, refuse_section
+from ckptfs.mapped_ram.sections import Section, SectionWalker, refuse_section
 from ckptfs.mapped_ram.stream import (
     RAM_CONTINUE,
     RAM_EOS,
@@ -112,22 +112,26 @@ def read_precopy(source: Source, stream_offset: int = 0) -> PrecopyStream:
     blocks = read_block_list(cursor, header)
     footers = read_ram_start_end(cursor, ram_section_id)
     setup_offset = cursor.position
-    has_setup = cursor.peek(1) == bytes([SectionType.FULL])
-    early = last_vmdesc(source, setup_offset) if has_setup else None
-    walker = SectionWalker(cursor, early, ram_section_id, footers=footers)
-    setup_sections = walker.setup_sections()
+
+    def walk_setup(vmdesc: Vmdesc | None) -> tuple[SectionWalker, tuple[Section, ...]]:
+        cursor.position = setup_offset
+        walker = SectionWalker(cursor, vmdesc, ram_section_id, footers=footers)
+        return walker, walker.setup_sections()
+
+    first, _ = walk_setup(None if footers else last_vmdesc(source, setup_offset))
+    early = len(first.setup_extents)
     index = _PageIndex(source, blocks, header.page_size)
-    ram_stop = index.read_ram_sections(walker, ram_section_id)
+    ram_stop = index.read_ram_sections(first, ram_section_id)
 
     def read_with(vmdesc: Vmdesc | None) -> Checkpoint:
+        walker, setup_sections = walk_setup(vmdesc)
+        walker.setup_extents += first.setup_extents[early:]
         cursor.position = ram_stop
-        described = walker if early is not None else walker.described_by(vmdesc)
         return finish_checkpoint(
-            described, stream_offset, header, blocks, ram_section_id, setup_sections, sys.byteorder
+            walker, stream_offset, header, blocks, ram_section_id, setup_sections, sys.byteorder
         )
 
-    candidates = vmdescs(source, ram_stop) if early is None else [early]
-    return PrecopyStream(first_sound(candidates, read_with), index.page_offsets)
+    return PrecopyStream(first_sound(vmdescs(source, ram_stop), read_with), index.page_offsets)
 
 
 def vmstate_stream(

@@ -102,14 +102,15 @@ class SectionWalker:
 
     Iterable sections are those of `_ITERABLE`, whose payloads tell their own ends. ``setup_extents`` is where all
     that stands between the RAM section's START and its END lies, but for that section itself: offset and length.
-    ``vmdesc_cut`` tells, after `device_state`, that the file ends inside the vmdesc, which is then no part of it.
+    ``has_vmdesc`` tells, after `device_state`, whether there is one, readable or not, and ``vmdesc_cut`` that the
+    file ends inside it: then it is no part of the device state.
     """
 
     def __init__(self, cursor: Cursor, vmdesc: Vmdesc | None, ram_section_id: int, *, footers: bool) -> None:
         self.cursor = cursor
         self.vmdesc = vmdesc
         self.footers = footers
-        self.vmdesc_cut = False
+        self.has_vmdesc = self.vmdesc_cut = False
         self._ram_section_id = ram_section_id
         self._section_ids = {ram_section_id}
         self._devices: list[Device] = [] if vmdesc is None else vmdesc.devices()
@@ -118,26 +119,18 @@ class SectionWalker:
         self._iterable: dict[int, Callable[[Cursor], None]] = {}
         self.setup_extents: list[tuple[int, int]] = []
 
-    def described_by(self, vmdesc: Vmdesc | None) -> "SectionWalker":
-        """A walker that goes on from here with this vmdesc; none of its devices has been passed yet."""
-        other = SectionWalker(self.cursor, vmdesc, self._ram_section_id, footers=self.footers)
-        other._section_ids = set(self._section_ids)
-        other._iterable = dict(self._iterable)
-        other.setup_extents = list(self.setup_extents)
-        return other
-
     def setup_sections(self) -> tuple[Section, ...]:
-        """Pass over early sections, return the FULL ones; their ends must be known, as RAM goes on after them."""
+        """Pass over early sections, return the FULL ones; their ends must be known, as RAM goes on after them.
+
+        Without a vmdesc it is the first place that may be one: RAM comes next, where anything may look like more.
+        """
         sections: list[Section] = []
         while (kind := self.cursor.peek(1)) in (bytes([SectionType.FULL]), bytes([SectionType.START])):
             offset = self.cursor.position
             if kind == bytes([SectionType.START]):
                 self._start_iterable()
                 continue
-            try:
-                sections.append(self._full_section())
-            except OpaqueSectionError:
-                raise CheckpointError("an early section's end cannot be told without a vmdesc", offset) from None
+            sections.append(self._full_section(early=True))
             self.setup_extents.append((offset, self.cursor.position - offset))
         return tuple(sections)
 
@@ -201,7 +194,7 @@ class SectionWalker:
         self._pass_vmdesc()
         return tuple(sections)
 
-    def _full_section(self) -> Section:
+    def _full_section(self, *, early: bool = False) -> Section:
         """Pass over the FULL section at the cursor."""
         file_offset = self.cursor.position
         header = read_section_header(self.cursor)
@@ -212,7 +205,9 @@ class SectionWalker:
         self._section_ids.add(header.section_id)
         if len(self._section_ids) > MAX_SECTIONS:
             raise CheckpointError(f"more than {MAX_SECTIONS} sections", file_offset)
-        payload_stop = self._payload_stop(header, self._take_device(header, file_offset))
+        device = self._take_device(header, file_offset)
+        guess = early and device is None
+        payload_stop = self._first_end(header) if guess else self._payload_stop(header, device)
         self.cursor.position = payload_stop + len(encode_footer(header.section_id, footers=self.footers))
         return Section(
             idstr=header.idstr,
@@ -255,6 +250,20 @@ class SectionWalker:
             raise OpaqueSectionError
         return ends[0]
 
+    def _first_end(self, header: SectionHeader) -> int:
+        """The first place where the payload may end."""
+        footer = encode_footer(header.section_id, footers=self.footers)
+        start, source = header.payload_offset, self.cursor.source
+        while footer and start < min(source.length, header.payload_offset + MAX_SCAN_LENGTH):
+            data = source.pread(start, _SCAN_CHUNK_LENGTH)
+            at = data.find(footer)
+            while at >= 0:
+                if self._may_follow(start + at + len(footer)):
+                    return start + at
+                at = data.find(footer, at + 1)
+            start += max(len(data) - len(footer) + 1, 1)
+        raise CheckpointError("an early section's end cannot be told without a vmdesc", header.payload_offset)
+
     def _ends_at(self, payload_stop: int, footer: bytes) -> bool:
         """Whether the footer stands there, with something after it that may follow."""
         self.cursor.position = payload_stop
@@ -271,6 +280,9 @@ class SectionWalker:
                 return len(data) == 1 or data[1] == SectionType.VMDESCRIPTION or anything_after_end
             case SectionType.PART | SectionType.END:
                 return int.from_bytes(data[1:5]) in (self._ram_section_id, *self._iterable)
+            case SectionType.START:
+                started = parse_section_header(data, file_offset)
+                return started is not None and started.idstr in _ITERABLE
             case SectionType.FULL:
                 return self._may_be_next(parse_section_header(data, file_offset))
             case SectionType.COMMAND:
@@ -309,6 +321,7 @@ class SectionWalker:
         if self.vmdesc is not None and cursor.position != self.vmdesc.file_offset:
             raise CheckpointError("the device state does not end where its vmdesc begins", cursor.position)
         if cursor.peek(1) == bytes([SectionType.VMDESCRIPTION]):
+            self.has_vmdesc = True
             header = cursor.peek(5)
             end = cursor.position + 5 + int.from_bytes(header[1:])
             self.vmdesc_cut = len(header) < 5 or end > cursor.source.length
@@ -337,6 +350,7 @@ class _FooterScan:
 
     _FOLLOWERS = (
         SectionType.EOF,
+        SectionType.START,
         SectionType.PART,
         SectionType.END,
         SectionType.FULL,

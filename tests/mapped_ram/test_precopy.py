@@ -242,6 +242,26 @@ def test_pages_of_a_file_that_has_shrunk_are_refused():
         stream.read_pages(BytesSource(data[: marks["pc.ram.page.1"] + 9]), "pc.ram", 0, 2)
 
 
+@pytest.mark.parametrize(
+    ("vmdesc", "behind"),
+    [(True, bytes(9 << 20)), (True, PLAIN.data()), (False, bytes(9 << 20))],
+    ids=["zeros", "a stream", "no vmdesc"],
+)
+def test_early_sections_whatever_follows_the_stream(vmdesc, behind):
+    """Their ends are told from the front: by the first footer, and then by the vmdesc behind RAM."""
+    looks_like_more = b"\x7e" + (100).to_bytes(4) + b"\2\0\0\0\1"
+    file = replace(
+        PLAIN,
+        setup_devices=[Device("early", b"early"), Device("other", b"\x7e\0\0\0\x65 and more")],
+        blocks=[Block("pc.ram", 16, {0: looks_like_more * 100})],
+        vmdesc=vmdesc,
+    )
+    data = file.data()
+    checkpoint = read_precopy(BytesSource(data + behind)).checkpoint
+    assert [section.idstr for section in checkpoint.setup_sections] == ["early", "other"]
+    assert checkpoint.end_offset == len(data)
+
+
 FUZZED, MARKS = replace(PLAIN, setup_devices=[Device("early", b"early")]).build()
 PAGES = [
     range(offset, offset + 4096) for name, offset in MARKS.items() if name in ("pc.ram.page.1", "vga.vram.page.1")
