@@ -1,6 +1,8 @@
 import json
 import os
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -224,6 +226,41 @@ def test_wrong_usage(arguments: list[str], run_ckptfs: RunCkptfs) -> None:
     result = run_ckptfs(*arguments, code=2)
     assert result.stdout == ""
     assert result.stderr.startswith("usage: ckptfs")
+
+
+def test_several_files(tmp_path: Path, run_ckptfs: RunCkptfs) -> None:
+    first, second, none = tmp_path / "first", tmp_path / "second", tmp_path / "none"
+    SMALL.write(first)
+    PLAIN.write(second)
+    none.write_bytes(b"junk")
+    alone = [run_ckptfs("info", path).stdout for path in (first, second)]
+    assert run_ckptfs("info", first, second).stdout == "\n".join(alone)
+    described = json.loads(run_ckptfs("info", "--json", first, second).stdout)
+    assert described == [json.loads(run_ckptfs("info", "--json", path).stdout) for path in (first, second)]
+    result = subprocess.run([BIN / "ckptfs", "info", none, first], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stdout) == (1, alone[0])
+    assert result.stderr.startswith(f"{none}: at byte 0x0: Not a migration stream")
+
+
+def test_a_block_device(tmp_path: Path, run_ckptfs: RunCkptfs) -> None:
+    path = written(tmp_path, SMALL)
+    end = path.stat().st_size
+    os.truncate(path, 9 << 20)
+    with loop_device(path) as device:
+        lines = run_ckptfs("info", device).stdout.splitlines()
+        document = json.loads(run_ckptfs("info", "--json", device).stdout)
+    assert lines[2] == f"stream   bytes 0x0 to {end:#x} of 0x900000"
+    assert (document["end"], document["length"], document["stored"]) == (end, 9 << 20, None)
+
+
+@contextmanager
+def loop_device(path: Path) -> Iterator[str]:
+    """A block device whose content is a file's."""
+    device = subprocess.run(["losetup", "--find", "--show", path], capture_output=True, text=True, check=True)
+    try:
+        yield device.stdout.strip()
+    finally:
+        subprocess.run(["losetup", "--detach", device.stdout.strip()], check=True)
 
 
 def test_a_reader_that_has_enough(tmp_path: Path) -> None:

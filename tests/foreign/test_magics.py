@@ -18,6 +18,8 @@ import pytest
 from ckptfs.errors import CheckpointError
 from ckptfs.foreign.content import read_content
 from ckptfs.foreign.magics import TABLE, Row, describe
+from ckptfs.physical.lime import headers
+from ckptfs.physical.memory_map import MemoryMap, Region
 from tests.cli.conftest import RunCkptfs
 from tests.doubles.migration_file import BytesSource, MigrationFile
 from tests.mapped_ram.conftest import QemuCommands
@@ -93,23 +95,47 @@ def test_what_qemu_itself_writes(qemu_commands: QemuCommands, tmp_path: Path, ru
         execute("blockdev-add", **qcow2, **{"node-name": "disk"})
         execute("snapshot-save", **{"job-id": "c", "tag": "one", "vmstate": "disk", "devices": ["disk"]})
         finish(execute, "c")
+        for driver in ("vmdk", "vdi", "vhdx", "vpc", "qed"):
+            image = {"driver": "file", "filename": f"{tmp_path}/{driver}"}
+            execute("blockdev-create", **{"job-id": driver, "options": {**image, "size": 0}})
+            finish(execute, driver)
+            execute("blockdev-add", **image, **{"node-name": f"raw-{driver}"})
+            options = {"driver": driver, "file": f"raw-{driver}", "size": 1 << 20}
+            options |= {"force-size": True} if driver == "vpc" else {}
+            execute("blockdev-create", **{"job-id": driver, "options": options})
+            finish(execute, driver)
         for name, settings in {
             "elf": {},
             "flat": {"format": "kdump-zlib"},
             "kdump": {"format": "kdump-raw-zlib"},
         }.items():
             execute("dump-guest-memory", paging=False, protocol=f"file:{tmp_path}/{name}", **settings)
-        execute("pmemsave", val=0, size=1 << 20, filename=f"{tmp_path}/low")
     assert named(disk).startswith("this is a qcow2 disk image: a checkpoint holds RAM and devices")
     found = {
         "disk": "this is a qcow2 image with internal snapshots (savevm): start QEMU with -loadvm NAME -S",
         "elf": "this is an ELF core: it has RAM, but no machine",
         "flat": "this is a flattened kdump file",
         "kdump": "this is a kdump file",
+        "vmdk": "this is a VMDK disk image: a checkpoint holds RAM and devices, and disks are other files",
+        "vdi": "this is a VDI disk image",
+        "vhdx": "this is a VHDX disk image",
+        "vpc": "this is a VHD disk image",
+        "qed": "this is a QED disk image",
     }
     for name, what in found.items():
         line = run_ckptfs("info", tmp_path / name, code=1).stderr
         assert line.startswith(f"{tmp_path}/{name}: at byte 0x0: Not a migration stream: {what}")
+
+
+def test_what_is_exported_here() -> None:
+    memory = MemoryMap((Region(0, 4096, "pc.ram", 0),), "as told")
+    [(head, _)] = headers(memory)
+    assert named(head + bytes(4096)).startswith("this is a LiME dump: it has RAM, but no machine")
+
+
+def test_raw_memory_of_a_pc() -> None:
+    vectors = bytes.fromhex("53ff00f053ff00f0c3e200f053ff00f0")  # as SeaBIOS leaves them, below Linux too
+    assert named(vectors + bytes(8192)).startswith("this is probably raw memory of a PC")
 
 
 def test_an_elf_program() -> None:

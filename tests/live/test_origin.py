@@ -55,6 +55,17 @@ async def test_stock_qemu_does_not_see_it(live: LiveCheckpoint, multifd: int) ->
         assert await vm.tick() > live.last_tick
 
 
+async def test_nor_in_a_plain_stream(live: LiveCheckpoint, mount: Mount, tmp_path: Path) -> None:
+    mounted = mount(live.path)
+    mounted.ctl("migrate_set_capability multifd off")
+    mounted.ctl("migrate_set_capability mapped-ram off")
+    mounted.ctl(f"save {tmp_path}/plain")
+    assert saved_in(tmp_path / "plain")
+    async with SMALL.anonymous(live.guest) as vm:
+        await vm.load(tmp_path / "plain", mapped_ram=False)
+        assert await vm.tick() > live.last_tick
+
+
 def test_saves_keep_what_still_holds(live: LiveCheckpoint, mount: Mount, tmp_path: Path) -> None:
     machine = saved_in(live.path)
     mounted = mount(live.path)
