@@ -51,15 +51,19 @@ class Opened:
         return self.content.trailer
 
     def distrust(self) -> str | None:
-        """Why a command line out of this file is not to be run: others than the caller or root can write it.
+        """Why a command line out of this file is not to be run: others than the caller or root have a say in it.
 
-        None if nobody else can. Judged by the open file, so it does not matter who can rename it.
+        None if they have not: nobody else can write the file, and the machine ran as one of the two; a process can
+        make its own command line be anything. Judged by the open file: it does not matter who can rename it.
         """
         status = os.fstat(self.fd)
         if status.st_uid not in (0, os.geteuid()):
             return f"{self.path}: belongs to user {status.st_uid}, who could have put any command into it"
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             return f"{self.path}: others may write it (mode {stat.S_IMODE(status.st_mode):#o}): chmod go-w"
+        machine = self.trailer.machine
+        if machine is not None and machine.uid not in (0, os.geteuid()):
+            return f"{self.path}: its machine ran as user {machine.uid}, who could have given it any command"
         return None
 
     def close(self) -> None:

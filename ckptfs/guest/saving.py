@@ -313,7 +313,9 @@ def _trailer_after(guest: Guest, change: Depends) -> Trailer:
 async def _trailer_of_machine(guest: Guest, monitor: "Monitor") -> Trailer:
     """What is to be remembered of the machine behind ``monitor``, which is being captured."""
     trailer = _trailer_after(guest, Depends.RAM | Depends.DEVICE_STATE)
-    saved = await trio.to_thread.run_sync(saved_machine, monitor.pid, monitor.version)
+    assert guest.machines.bound is not None
+    identity = guest.machines.bound.identity
+    saved = await trio.to_thread.run_sync(saved_machine, monitor.pid, monitor.version, identity)
     return trailer if saved is None else trailer.with_entry(saved.entry())
 
 

@@ -151,8 +151,9 @@ def _parse(content: bytes, count: int, checksum: int, file_offset: int) -> Seque
 class SavedMachine:
     """The QEMU that was saved, as its process and its monitor told: JSON, which depends on the device state.
 
-    ``arguments`` are those after the program's name. ``directory`` is where relative paths in them start, ``time``
-    seconds since 1970, and ``ckptfs`` our version. A text that was no UTF-8 has surrogate escapes (os.fsencode).
+    ``arguments`` are those after the program's name. ``directory`` is where relative paths in them start, ``uid``
+    the user that the process ran as, ``time`` seconds since 1970, and ``ckptfs`` our version. A text that was no
+    UTF-8 has surrogate escapes (os.fsencode).
     """
 
     NAME = "machine"
@@ -160,6 +161,7 @@ class SavedMachine:
     program: str
     arguments: tuple[str, ...]
     directory: str
+    uid: int
     qemu: str
     host: str
     time: int
@@ -174,8 +176,10 @@ class SavedMachine:
         except (ValueError, RecursionError, KeyError, TypeError):
             return None
         texts = [values[name] for name in ("program", "directory", "qemu", "host", "ckptfs")]
-        arguments, time = values["arguments"], values["time"]
-        if not isinstance(arguments, list) or type(time) is not int or not 0 <= time < _YEAR_10000:
+        arguments = values["arguments"]
+        if not isinstance(arguments, list) or not all(type(values[name]) is int for name in ("uid", "time")):
+            return None
+        if not 0 <= values["time"] < _YEAR_10000:
             return None
         if not all(map(_is_text, (*texts, *arguments))):
             return None

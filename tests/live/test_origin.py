@@ -2,17 +2,22 @@
 
 import json
 import os
+import pwd
 import subprocess
+from dataclasses import replace
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 
+from ckptfs.channels.identity import Identity
 from ckptfs.channels.opened import open_file
-from ckptfs.mapped_ram.trailer import Depends, Entry, SavedMachine
+from ckptfs.mapped_ram.trailer import Depends, Entry, SavedMachine, Trailer
 from ckptfs.qemu.origin import saved_machine
 from tests.cli.conftest import RunCkptfs
 from tests.live.machines import SMALL, LiveCheckpoint, LiveCheckpoints
 from tests.mount.conftest import Mount
+from tests.qemu.guest import Guest
 
 
 @pytest.fixture
@@ -153,6 +158,26 @@ def test_whom_a_command_is_taken_from(tmp_path: Path, live: LiveCheckpoint) -> N
             assert (found is None) if problem is None else (problem in str(found))
 
 
-def test_a_process_that_is_no_machine_is_not_remembered() -> None:
-    assert saved_machine(os.getpid(), "10.0.2") is None
-    assert saved_machine(0, "10.0.2") is None
+def test_a_command_of_somebody_elses_machine_is_not_trusted(tmp_path: Path, live: LiveCheckpoint) -> None:
+    """A process can have itself look like any program, and a root's daemon saves machines of other users."""
+    with open_file(str(live.path)) as opened:
+        end, machine = opened.checkpoint.end_offset, opened.trailer.machine
+        assert machine is not None
+        assert machine.uid == os.geteuid()
+    path = tmp_path / "vm"
+    path.touch(mode=0o600)
+    path.write_bytes(live.path.read_bytes()[:end] + Trailer((replace(machine, uid=12345).entry(),)).encode())
+    with open_file(str(path)) as opened:
+        assert "its machine ran as user 12345" in str(opened.distrust())
+
+
+async def test_whose_machines_are_remembered(guest_files: Guest) -> None:
+    root = Identity.of_daemon()
+    assert saved_machine(os.getpid(), "10.0.2", root) is None
+    assert saved_machine(0, "10.0.2", root) is None
+    async with SMALL.anonymous(guest_files, "-run-with", "user=nobody") as vm:
+        found = saved_machine(vm.pid, "10.0.2", root)
+        assert found is not None
+        assert found.uid == pwd.getpwnam("nobody").pw_uid
+        assert saved_machine(vm.pid, "10.0.2", Identity(found.uid, 0, (), "/")) == replace(found, time=ANY)
+        assert saved_machine(vm.pid, "10.0.2", Identity(12345, 0, (), "/")) is None
