@@ -6,13 +6,18 @@ means that the mount is live, and an error text from inside the daemon reaches t
 
 import contextlib
 import ctypes
+import logging
 import os
 import resource
 import sys
+import threading
 from collections.abc import Callable
 from typing import NoReturn
 
+log = logging.getLogger(__name__)
+
 EXIT_MOUNTED = 0
+EXIT_BY_FORCE = 2
 _PR_SET_IO_FLUSHER = 57
 
 
@@ -40,6 +45,23 @@ class Starter:
         if self._pipe is not None:
             os.write(self._pipe, bytes([exit_code]))
         os._exit(exit_code)
+
+
+def end_by_force_after(seconds: float, mountpoint: str, abort: Callable[[], None]) -> None:
+    """Have this process end in ``seconds`` if it has not by itself: no thread has to agree."""
+
+    def end() -> None:
+        log.error("%s: has not ended within %g s after the signal: ending by force", mountpoint, seconds)
+        try:
+            abort()
+        except OSError as error:
+            log.error("%s: its connection can't be aborted: %s", mountpoint, error)
+        finally:
+            os._exit(EXIT_BY_FORCE)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
 
 
 def run_in_background(serve: Callable[[Starter], int]) -> int:

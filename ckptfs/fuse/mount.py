@@ -8,8 +8,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pyfuse3
 import trio
 
+from ckptfs.fuse import connection
 from ckptfs.fuse.control import Control
-from ckptfs.fuse.daemon import Starter
+from ckptfs.fuse.daemon import Starter, end_by_force_after
 from ckptfs.fuse.events import Changes, EventLog
 from ckptfs.fuse.nodes import Nodes
 from ckptfs.fuse.opening import Opening
@@ -27,6 +28,12 @@ from ckptfs.migration.status import MigrationStatus
 from ckptfs.namespace.options import MountOptions
 
 log = logging.getLogger(__name__)
+
+RETURN_DEADLINE = 1.0
+"""Seconds after a signal in which threads have to be back from system calls on the mount."""
+
+ENDING_DEADLINE = 10.0
+"""Seconds after a signal in which the daemon ends, whatever else it waits for."""
 
 MIN_TASKS = 4
 MAX_TASKS = 2000
@@ -57,7 +64,7 @@ class Mount:
         self._views = ViewFiles(guest, options.backends, options.map) if options.views else None
         nodes = Nodes(guest, owner, options.umask, self._views)
         self._ram_files = RAMFiles(nodes, mountpoint)
-        page_cache = KernelPageCache(self._ram_files)
+        self._page_cache = page_cache = KernelPageCache(self._ram_files)
         origin = Origin(source, trio.current_time(), options.backends)
         sharing = Sharing(self._ram_files, self._changes, self._start_soon)
         self._control = Control(
@@ -93,11 +100,11 @@ class Mount:
                 self._nursery = nursery
                 nursery.start_soon(self._end_on_signal, signals, nursery)
                 nursery.start_soon(self._set_up, starter)
-                await pyfuse3.main(MIN_TASKS, MAX_TASKS)
+                with trio.CancelScope() as handlers:
+                    nursery.start_soon(self._end_handlers, handlers)
+                    await pyfuse3.main(MIN_TASKS, MAX_TASKS)
                 log.info("%s: unmounted", self._mountpoint)
-                migration = self._guest.migrations.newest
-                if migration.running and migration.kind == "save":
-                    await migration.over.wait()
+                await self._end_of_save()
                 nursery.cancel_scope.cancel()
             pyfuse3.close(unmount=True)
         # files are closed by the end of the process: a thread in close(2) can't be killed where a storage is silent
@@ -105,7 +112,7 @@ class Mount:
     async def _set_up(self, starter: Starter) -> None:
         """What needs an answering mount: its device number, its tuning, its background work."""
         await self._operations.initialized.wait()
-        device = (await trio.to_thread.run_sync(os.stat, self._mountpoint)).st_dev
+        device = (await trio.to_thread.run_sync(os.stat, self._mountpoint, abandon_on_cancel=True)).st_dev
         self._ram_files.device = device
         if refused := await trio.to_thread.run_sync(tune_backing_device, device):
             log.info("only root can tune the mount: %s left as it was", ", ".join(refused))
@@ -116,11 +123,44 @@ class Mount:
         starter.mounted()
         log.info("%s: mounted on %s", self._source, self._mountpoint)
 
+    async def _end_of_save(self) -> None:
+        migration = self._guest.migrations.newest
+        if migration.running and migration.kind == "save":
+            await migration.over.wait()
+
+    async def _end_handlers(self, handlers: trio.CancelScope) -> None:
+        """When the mount is gone, end those handlers whose answer nobody waits for any more, as of held writers."""
+        await connection.gone()
+        await self._end_of_save()
+        handlers.cancel()
+
     async def _end_on_signal(self, signals: AsyncIterator[int], nursery: trio.Nursery) -> None:
         async for number in signals:
             log.info("%s: ending on %s", self._mountpoint, signal.Signals(number).name)
+            end_by_force_after(ENDING_DEADLINE, self._mountpoint, self._abort)
+            await self._leave_the_kernel()
             pyfuse3.terminate()
             nursery.cancel_scope.cancel()
+
+    async def _leave_the_kernel(self) -> None:
+        """See that no thread is left in a system call on this mount: it would keep the process from ending.
+
+        What it waits for is a request to this daemon. If giving up a save does not have it answered, the connection
+        is aborted.
+        """
+        with trio.move_on_after(RETURN_DEADLINE):
+            if self._guest.migrations.running:
+                await self._guest.migrations.cancel()
+            await self._page_cache.come_back()
+            return
+        log.warning("%s: the kernel does not return from the mount: its connection is aborted", self._mountpoint)
+        try:
+            await trio.to_thread.run_sync(self._abort, abandon_on_cancel=True)
+        except OSError as error:
+            log.warning("%s: its connection can't be aborted: %s", self._mountpoint, error)
+
+    def _abort(self) -> None:
+        connection.abort(self._mountpoint, self._ram_files.device)
 
     def _start_soon(self, work: Callable[[], Awaitable[None]]) -> None:
         self._nursery.start_soon(work)

@@ -16,6 +16,7 @@ import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, InodeT, RequestContext, SetattrFields, StatvfsData
 
 from ckptfs.errors import CkptfsError
+from ckptfs.fuse import connection
 from ckptfs.fuse.handles import Handle
 from ckptfs.fuse.nodes import Nodes
 from ckptfs.fuse.opening import Opening
@@ -43,6 +44,10 @@ def _translated(handler: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Cor
             return await handler(*args, **kwargs)
         except FUSEError:
             raise
+        except trio.Cancelled:
+            if connection.is_gone():  # there is nobody to be told
+                raise
+            raise FUSEError(errno.ENOTCONN) from None  # the mount ends: who waits lets go of the locks that he has
         except (CkptfsError, OSError) as error:
             raise FUSEError(errno_of(error)) from error
         except Exception:

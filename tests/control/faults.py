@@ -12,7 +12,7 @@ from tests.mount.harness import DEADLINE, Mounted
 CALLS_MAX = 60
 """No command on a guest of a few MiB makes more calls of one kind than that."""
 
-_NUMBERS = {"flock": "73", "fdatasync": "75", "renameat": "264", "renameat2": "316"}
+_NUMBERS = {"pread64": "17", "flock": "73", "fdatasync": "75", "renameat": "264", "renameat2": "316"}
 """Of system calls on x86-64, as the tests' guests are."""
 
 _ATTACHED = re.compile(r"strace: Process \d+ attached")
