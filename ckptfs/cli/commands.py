@@ -176,11 +176,12 @@ COMMANDS = (
     ),
     Command(
         "qemu-args",
-        "the arguments that start QEMU on a mount's RAM",
+        "the arguments that start QEMU on the RAM of a mount, or of a file",
         "Print QEMU's arguments that make the RAM of this mount the machine's: "
-        "qemu-system-x86_64 $(ckptfs qemu-args DIR) ... Devices are yours to add, the same as in the checkpoint.",
+        "qemu-system-x86_64 $(ckptfs qemu-args DIR) ... Devices are yours to add, the same as in the checkpoint. "
+        "Of a FILE: those that map the file itself, private; `ckptfs vmstate FILE` writes what -incoming takes.",
         (
-            argument("directory", metavar="DIR", help="where the guest's RAM is mounted"),
+            argument("directory", metavar="FILE_OR_DIR", help="a checkpoint, or where one is mounted"),
             argument(
                 "--share",
                 choices=("on", "off"),

@@ -5,7 +5,7 @@ import os
 import re
 from typing import Any
 
-from ckptfs.cli.mounted import read_status
+from ckptfs.cli.mounted import is_dead_mount, read_status
 from ckptfs.errors import CommandError, StateError
 from ckptfs.qemu.memory import id_of, naming_property
 
@@ -20,6 +20,11 @@ MiB = 1 << 20
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the arguments in one line."""
+    if not os.path.isdir(arguments.directory) and not is_dead_mount(arguments.directory):
+        from ckptfs.cli.run import run_qemu_args  # with numpy, which a mount's arguments do without
+
+        print(" ".join(run_qemu_args(arguments.directory, 0)))
+        return 0
     nodes = arguments.nodes.split(",") if arguments.nodes else None
     print(" ".join(qemu_args(arguments.directory, arguments.share, nodes)))
     return 0

@@ -50,10 +50,8 @@ def vmstate_of(
 ) -> bytes:
     """Return the stream from which QEMU starts when it has the blocks ``left_out`` already (blocking).
 
-    Raises StateError for a checkpoint of RAM alone, CheckpointError for a file that was cut short meanwhile.
+    Raises CheckpointError for a file that was cut short meanwhile.
     """
-    if not checkpoint.has_device_state:
-        raise StateError("holds RAM alone, no machine: there is nothing that could go on", errno.EINVAL)
     source = FileSource(fd)
     pages = [
         (block.idstr, run.start, _pages(fd, block, run.start, run.stop))

@@ -98,6 +98,12 @@ def without_memory(options: Iterable[Option], backends: Collection[str]) -> list
     ]
 
 
+def memory_backends(options: Iterable[Option]) -> set[str]:
+    """The ids of the memory backends that the options make."""
+    ids = (_backend_id(option) for option in options if option.name == "object")
+    return {found for found in ids if found is not None}
+
+
 def inherited_descriptors(options: Iterable[Option]) -> list[str]:
     """The arguments that name a descriptor which only the program that first started QEMU could hand over."""
     return [option.value for option in options if option.value is not None and _DESCRIPTOR.search(option.value)]

@@ -3,7 +3,9 @@
 import hashlib
 import os
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -21,7 +23,7 @@ from tests.doubles.migration_file import MigrationFile
 from tests.live.machines import SMALL, LiveCheckpoint, LiveCheckpoints, goes_on
 from tests.mount.decode import decode
 from tests.mount.harness import BIN, Mounted
-from tests.qemu.guest import Guest
+from tests.qemu.guest import KERNEL_COMMAND_LINE, Guest
 from tests.qemu.machine import Qemu
 
 CKPTFS = BIN / "ckptfs"
@@ -55,6 +57,14 @@ def read(path: Path) -> Checkpoint:
     """All of a file but its pages."""
     with path.open("rb") as file:
         return read_checkpoint(FileSource(file.fileno()))[0]
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Look again and again, as nothing tells."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
 
 
 def sha256(path: Path) -> str:
@@ -137,13 +147,136 @@ def test_bytes_below_a_clear_bit(checkpoints: LiveCheckpoints, tmp_path: Path) -
     with path.open("r+b") as file:
         file.seek((block.pages_offset or 0) + page * 4096 + 17)
         file.write(b"!")
-    assert refusal(path).startswith(f"{path}: page {page} of pc.ram is zeros, and the file has other bytes")
+    assert refusal(path, "-nodefaults").startswith(
+        f"{path}: page {page} of pc.ram is zeros, and the file has other bytes"
+    )
 
 
 def test_what_holds_no_machine(tmp_path: Path) -> None:
     path = tmp_path / "ram"
     MigrationFile(devices=()).write(path)
     assert refusal(path) == f"{path}: holds RAM alone, no machine: there is nothing that could go on\n"
+
+
+# ---- as the checkpoint remembers ---------------------------------------------------------------------------
+
+
+@contextmanager
+def started(guest: Guest, directory: Path) -> Iterator[None]:
+    """A machine as a user starts it, in a folder of his: its memory is its own, its serial line goes to a file."""
+    command = [
+        "qemu-system-x86_64", "-accel", "tcg,thread=single", "-nodefaults", "-display", "none", "-m", "128M", "-S",
+        "-kernel", guest.kernel, "-initrd", guest.initrd, "-append", KERNEL_COMMAND_LINE,
+        "-serial", "file:serial", "-qmp", "unix:qmp,server=on,wait=off", "-pidfile", "pid",
+    ]  # fmt: skip
+    process = subprocess.Popen(command, cwd=directory)
+    try:
+        wait_until((directory / "qmp").exists)
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def remembered(guest_files: Guest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A live checkpoint of such a machine, which has ended; beside it is its serial line."""
+    directory = tmp_path_factory.mktemp("remembered")
+    with started(guest_files, directory):
+        qmp(directory / "qmp", "cont")
+        wait_until(lambda: b"MD5OK" in (directory / "serial").read_bytes())
+        done = subprocess.run([CKPTFS, "save", "--qmp", directory / "qmp", directory / "vm"], capture_output=True)
+        assert done.returncode == 0, done
+    yield directory / "vm"
+    shutil.rmtree(directory)
+
+
+def qmp(path: Path, command: str) -> None:
+    """Run one command of QEMU's monitor."""
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.connect(str(path))
+        with connection.makefile("rw") as stream:
+            for line in ("qmp_capabilities", command):
+                stream.readline()
+                stream.write(f'{{"execute": "{line}"}}\n')
+                stream.flush()
+            stream.readline()
+
+
+def last_tick(serial: Path) -> int:
+    found = re.findall(rb"tick (\d+) MD5OK", serial.read_bytes())
+    return int(found[-1]) if found else 0
+
+
+def test_it_needs_to_be_told_nothing(remembered: Path, tmp_path: Path) -> None:
+    serial = remembered.with_name("serial")
+    before = last_tick(serial)
+    serial.unlink()
+    process = subprocess.Popen([CKPTFS, "run", remembered], cwd=tmp_path)
+    try:
+        wait_until(lambda: serial.exists() and last_tick(serial) > before)
+        assert is_qemu_on(process.pid, remembered)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_clones_of_what_is_remembered(remembered: Path, tmp_path: Path) -> None:
+    command = [CKPTFS, "run", "--count", "2", "--directory", "clones", remembered]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == f"2 clones run: N.qmp, N.serial and N.log are in {tmp_path}/clones\n"
+        wait_until(lambda: all(last_tick(tmp_path / "clones" / f"{number}.serial") for number in (1, 2)))
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0
+
+
+def test_a_file_that_others_may_write_says_no_command(remembered: Path) -> None:
+    try:
+        remembered.chmod(0o666)
+        assert "others may write it (mode 0o666): chmod go-w; `ckptfs run --show` prints" in refusal(remembered)
+        shown = subprocess.run([CKPTFS, "run", "--show", remembered], capture_output=True, text=True, check=True)
+    finally:
+        remembered.chmod(0o600)
+    words = shown.stdout.split()
+    assert words[0].endswith("qemu-system-x86_64")
+    assert "-S" not in words
+    assert f"file:{remembered}" not in words
+    assert words[-1] == "file:VMSTATE"
+
+
+def test_what_remembers_nothing_asks_for_arguments(checkpoints: LiveCheckpoints) -> None:
+    ended = subprocess.run(
+        [CKPTFS, "run", checkpoints.stock(SMALL).path], capture_output=True, text=True, timeout=60
+    )
+    assert ended.returncode == 2
+    assert "does not tell how its machine was started" in ended.stderr
+
+
+def test_options_of_ours_behind_the_file(checkpoints: LiveCheckpoints) -> None:
+    path = checkpoints.stock(SMALL).path
+    ended = subprocess.run([CKPTFS, "run", path, "--count", "2"], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (
+        2,
+        "ckptfs: --count goes before the file: what follows that is QEMU's\n",
+    )
+
+
+async def test_the_arguments_alone(checkpoints: LiveCheckpoints, tmp_path: Path) -> None:
+    """`ckptfs qemu-args FILE` and `ckptfs vmstate FILE`, for whoever starts QEMU himself."""
+    checkpoint = checkpoints.live(SMALL)
+    arguments, stream = words_and_stream(checkpoint.path)
+    (tmp_path / "vmstate").write_bytes(stream)
+    async with Qemu(
+        checkpoint.guest, *checkpoint.machine.devices, *arguments, incoming=f"file:{tmp_path / 'vmstate'}"
+    ) as vm:
+        assert await vm.tick() > checkpoint.last_tick
+
+
+def words_and_stream(path: Path) -> tuple[list[str], bytes]:
+    """What the two commands print."""
+    words = subprocess.run([CKPTFS, "qemu-args", path], capture_output=True, text=True, check=True).stdout.split()
+    return words, subprocess.run([CKPTFS, "vmstate", path], capture_output=True, check=True).stdout
 
 
 # ---- many --------------------------------------------------------------------------------------------------
@@ -165,14 +298,6 @@ def herd(checkpoint: LiveCheckpoint, directory: Path, *options: str) -> Iterator
         process.kill()
         process.wait()
         process.stdout.close()
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    """Look again and again, as nothing tells."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 def pids_of(directory: Path) -> list[int]:
