@@ -15,6 +15,7 @@ import trio
 from ckptfs.channels.backing_file import BackingFile, DirectIO, FileSource, OpenedFile
 from ckptfs.channels.buffers import AlignedBuffers
 from ckptfs.channels.channels import BACKING_DEADLINE, CLOSING_DEADLINE, Channel, Channels, NoAnswerError
+from ckptfs.channels.reflink import share
 from ckptfs.channels.version import FileVersion
 from ckptfs.errors import CheckpointError, CkptfsError, CommandError, StorageError
 from ckptfs.foreign.content import Content, read_content, read_header
@@ -152,6 +153,18 @@ class Base:
     def lies_in(self, file: BackingFile) -> bool:
         """Whether ``file`` is the one that this checkpoint is in; not to be asked once it is closed."""
         return os.path.sameopenfile(self._file.fd, file.fd)
+
+    def share(self, idstr: str, run: Run, page_size: int, target_fd: int, target_offset: int) -> bool:
+        """Let another file share the pages of a run with this one; False if they can't be shared (blocking).
+
+        Raises OSError. Nothing is read: a page that can't be read here can't be read there either.
+        """
+        pages = self.blocks[idstr].pages
+        if idstr in self.shared or not isinstance(pages, MappedPages):
+            return False
+        source_offset = pages.pages_offset + run.start * page_size
+        length = (run.stop - run.start) * page_size
+        return share(self._file.fd, source_offset, length, target_fd, target_offset)
 
     def image(self) -> Image:
         """All of the checkpoint but its pages, to be written beside newer ones."""

@@ -3,7 +3,8 @@
 Windows of 1 MiB are what the channels write: pages come straight out of the memory that holds them or, where it
 takes more than one memory or the base, through a buffer; zero pages are found and left as holes; the rest goes
 out in runs. A payload takes one window after another by itself, for a moment, as long as they are in memory: going
-back to trio for each costs more than writing it. Bitmaps come last, as QEMU writes them, and the stream's header
+back to trio for each costs more than writing it. Pages that nobody has written since the base need not be read
+where the file system lets two files share extents. Bitmaps come last, as QEMU writes them, and the stream's header
 very last.
 """
 
@@ -130,6 +131,11 @@ async def write_checkpoint(
         progress.total_pages = sum(bitmap.page_count for bitmap in with_data.values())
         progress.remaining_pages = sum(bitmap.count() for bitmap in with_data.values())
         progress.zero_pages = progress.total_pages - progress.remaining_pages
+        for idstr, block in blocks.items():
+            shared = await _share_unchanged(lane, file, epoch, idstr, block, options.deadline)
+            progress.normal_pages += shared.count()
+            progress.remaining_pages -= shared.count()
+            with_data[idstr] = with_data[idstr].difference(shared)
         detect = options.zero_page_detection is not ZeroPageDetection.NONE
         writer = _Writer(data_windows(with_data, image.page_size), epoch, blocks, image.page_size, detect)
         async with trio.open_nursery() as nursery:
@@ -142,6 +148,35 @@ async def write_checkpoint(
     ]
     await write_extents(lane, file, bitmaps, options.deadline)
     return Written(plan.header, channels.direct_io if options.direct_io.wanted else None)
+
+
+async def _share_unchanged(
+    lane: Lane, file: BackingFile, epoch: Epoch, idstr: str, block: _OutgoingBlock, deadline: float
+) -> PagesBitmap:
+    """Share with the base what it alone has of a block, as far as that can be done, and mark it; return it."""
+    stack, base = epoch.stacks[idstr], epoch.base
+    if base is None or stack.base is None:
+        return block.file_bmap
+    unchanged = stack.base.file_bmap
+    for layer in stack.layers:
+        unchanged = unchanged.difference(layer.present)
+    page_size = base.checkpoint.page_size
+    runs = unchanged.runs()
+
+    def share_some() -> bool:
+        """Share runs for a moment; return whether to go on."""
+        end = time.monotonic() + STRETCH
+        for run in runs:
+            if not base.share(idstr, run, page_size, file.fd, block.pages_offset + run.start * page_size):
+                return False
+            block.file_bmap.set(*run)
+            if time.monotonic() >= end:
+                return True
+        return False
+
+    while await lane.ask(share_some, deadline=deadline):
+        pass
+    return block.file_bmap.copy()
 
 
 async def open_channels(
