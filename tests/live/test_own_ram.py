@@ -77,8 +77,8 @@ async def assert_is_right(target: Path, stepper: Stepper, run_state: str = "runn
         assert "-kernel" in opened.trailer.machine.arguments or "-bios" in opened.trailer.machine.arguments
     async with MACHINE.anonymous(stepper) as vm:
         await vm.load(target)
-        assert await vm.run_state() == run_state
-        if run_state != "running":
+        assert await vm.run_state() == (run_state or await vm.run_state())
+        if await vm.run_state() != "running":
             await vm.cont()
         await ticks(vm)
 
