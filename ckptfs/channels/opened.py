@@ -100,8 +100,11 @@ def open_file(path: str, stream_offset: int = 0) -> Opened:
 def open_regular(path: str) -> int:
     """Open a regular file or a block device for reading; StorageError (EINVAL) for anything else, OSError."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # NONBLOCK: a FIFO must not hang us
-    mode = os.fstat(fd).st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+    try:
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+            raise StorageError(f"{path}: is not a regular file, so it is no checkpoint", errno.EINVAL)
+    except BaseException:
         os.close(fd)
-        raise StorageError(f"{path}: is not a regular file, so it is no checkpoint", errno.EINVAL)
+        raise
     return fd

@@ -311,10 +311,13 @@ def _shared_block(
 
 def _open_ram_file(path: str) -> OpenedFile:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # NONBLOCK: a FIFO must not hang us
-    mode = os.fstat(fd).st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+    try:
+        mode = os.fstat(fd).st_mode
+        if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
+            raise CommandError(f"{path}: is not a regular file, so it is no RAM")
+    except BaseException:
         os.close(fd)
-        raise CommandError(f"{path}: is not a regular file, so it is no RAM")
+        raise
     return OpenedFile(fd, os.O_RDONLY)
 
 

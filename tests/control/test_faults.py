@@ -23,7 +23,7 @@ from tests.mount.decode import PAGE, decode
 from tests.mount.harness import BIN, Mounted
 
 MiB = 1 << 20
-SYSTEM, MOUNT_FAILURE = 2, 32
+MOUNT_FAILURE = 32
 CHANNELS = 2
 THREADS = 1 + 2 * CHANNELS + 2
 """The daemon's main thread, those of the channels of a base and of a target, and what else runs beside them."""
@@ -257,5 +257,5 @@ def test_a_mount_that_the_kernel_refuses(mount_point: Path, tmp_path: Path) -> N
     command = (BIN / "mount.ckptfs", "none", mount_point, "-o", f"log={tmp_path / 'log'}")
     result, injected = run_failing(tmp_path / "strace", "mount", "EPERM", 1, *command)
     assert injected.calls
-    assert result.returncode == SYSTEM
+    assert result.returncode == MOUNT_FAILURE
     assert result.stderr.splitlines()[-1].startswith(f"mount.ckptfs: {mount_point}: ")
