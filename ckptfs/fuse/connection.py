@@ -42,9 +42,13 @@ def evict(inode: int, start: int, stop: int) -> None:
 
 
 def is_gone() -> bool:
-    """Whether the mount was taken away, or somebody has aborted the connection."""
+    """Whether nothing is mounted, the mount was taken away, or somebody has aborted the connection."""
+    try:
+        descriptor = _descriptor()
+    except StateError:
+        return True
     poll = select.poll()
-    poll.register(_descriptor(), 0)  # errors are always told
+    poll.register(descriptor, 0)  # errors are always told
     return bool(poll.poll(0))
 
 

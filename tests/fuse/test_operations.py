@@ -1,5 +1,6 @@
 """What a caller gets when something fails behind a handler, and that the daemon outlives it."""
 
+import contextlib
 import errno
 from collections.abc import Callable
 from typing import Any, cast
@@ -9,6 +10,7 @@ import trio
 from pyfuse3 import FUSEError, InodeT, RequestContext
 
 from ckptfs.errors import CheckpointError, CommandError, StateError, StorageError
+from ckptfs.fuse import connection
 from ckptfs.fuse.nodes import Nodes
 from ckptfs.fuse.opening import Opening
 from ckptfs.fuse.operations import Operations
@@ -57,7 +59,11 @@ async def test_a_bug_is_eio_and_in_the_log(expect_log: Callable[[str], None]) ->
     assert caught.value.errno == errno.EIO
 
 
-async def test_a_handler_can_be_cancelled() -> None:
+@pytest.mark.parametrize("gone", [True, False])
+async def test_a_handler_can_be_cancelled(gone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long as there is somebody who waits, he is told."""
+    monkeypatch.setattr(connection, "is_gone", lambda: gone)
+
     class Waiting:
         async def open(self, *arguments: object) -> None:
             await trio.sleep_forever()
@@ -70,6 +76,7 @@ async def test_a_handler_can_be_cancelled() -> None:
 
     operations = Operations(cast(Nodes, AnyNode()), cast(Opening, Waiting()))
     context = type("Context", (), {"pid": 1, "uid": 0, "gid": 0})()
-    with trio.move_on_after(0) as scope:
+    with trio.move_on_after(0) as scope, contextlib.nullcontext() if gone else pytest.raises(FUSEError) as told:
         await operations.open(InodeT(1), 0, context)
-    assert scope.cancelled_caught
+    assert scope.cancelled_caught == gone
+    assert gone or told.value.errno == errno.ENOTCONN
