@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ckptfs.migration.size import parse_size
-from tests.benchmarks import daemon, machines, storage
+from tests.benchmarks import captures, daemon, machines, storage
 from tests.benchmarks.rows import MiB, Row, heading
 from tests.benchmarks.setting import Setting
 from tests.mount.harness import adopt_orphans
@@ -21,6 +21,7 @@ BENCHMARKS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "mount": storage.mount,
     "live": machines.live,
     "running": machines.running,
+    "busy": captures.busy,
     "memory": daemon.memory,
     "writers": daemon.writers,
 }

@@ -161,6 +161,11 @@ class Qemu:
         with trio.fail_after(DEADLINE):
             return await self._qmp.wait_event(name)
 
+    async def event_time(self, name: str) -> float:
+        """Wait for QMP's event `name`, or take one that came already; when it came, in seconds by QEMU's clock."""
+        with trio.fail_after(DEADLINE):
+            return await self._qmp.wait_event_time(name)
+
     def forget_events(self, name: str) -> None:
         """Drop the events `name` that came before the last answer."""
         self._qmp.forget_events(name)

@@ -50,12 +50,19 @@ class Qmp:
 
     async def wait_event(self, name: str) -> dict[str, Any]:
         """Take and return the data of the oldest event `name`, waiting for it if there is none."""
+        data: dict[str, Any] = (await self._take_event(name)).get("data", {})
+        return data
+
+    async def wait_event_time(self, name: str) -> float:
+        """The same, but return when it came, in seconds."""
+        at = (await self._take_event(name))["timestamp"]
+        return float(at["seconds"] + at["microseconds"] / 1e6)
+
+    async def _take_event(self, name: str) -> dict[str, Any]:
         while True:
             for index, event in enumerate(self.events):
                 if event["event"] == name:
-                    del self.events[index]
-                    data: dict[str, Any] = event.get("data", {})
-                    return data
+                    return self.events.pop(index)
             message = await self._message()
             if "event" in message:
                 self.events.append(message)
