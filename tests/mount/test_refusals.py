@@ -1,5 +1,6 @@
 """What mount.ckptfs refuses: one line that names the thing, and mount(8)'s exit code, and nothing is mounted."""
 
+import gzip
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -57,8 +58,9 @@ def test_a_file_that_lies(mark: str, data: bytes, text: str, mount_point: Path, 
         (b"", "at byte 0x0: "),
         (b"junk" * 1000, "at byte 0x0: Not a migration stream"),
         (bytes(100), "at byte 0x0: "),
+        (gzip.compress(SMALL.data()), "at byte 0x0: Not a migration stream: this is a gzip file: unpack it"),
     ],
-    ids=["empty", "junk", "zeros"],
+    ids=["empty", "junk", "zeros", "packed"],
 )
 def test_no_checkpoint(content: bytes, text: str, mount_point: Path, tmp_path: Path) -> None:
     path = tmp_path / "file"

@@ -130,6 +130,27 @@ def test_what_is_mounted_over_ram_is_not_flushed(mounted: Mounted, tmp_path: Pat
         mounted.ctl(f"save {tmp_path / 'new'}")
 
 
+@pytest.mark.parametrize("capabilities", [("mapped-ram",), ()], ids=["mapped-ram", "plain"])
+def test_what_follows_a_checkpoint_stays_where_it_is(
+    capabilities: tuple[str, ...], mount: Mount, tmp_path: Path
+) -> None:
+    """As on a block device, where it is somebody else's: QEMU does not read it, and a save does not copy it."""
+    path = tmp_path / "device"
+    file = MigrationFile(blocks=[Block("pc.ram", 256, {0: b"guest"})], capabilities=capabilities)
+    file.write(path)
+    end = path.stat().st_size
+    with path.open("r+b") as device:
+        device.truncate(end + (400 << 20))
+        device.seek(end)
+        device.write(b"another's" * 1000)
+    mounted = mount(path)
+    assert mounted.status()["base-devices"] == ["timer", "globalstate"]
+    mounted.ctl(f"save {tmp_path}/saved")
+    assert b"another's" not in (tmp_path / "saved").read_bytes()
+    assert (tmp_path / "saved").stat().st_size < (3 << 20)
+    assert decode(tmp_path / "saved").blocks["pc.ram"][:6].tobytes() == b"guest\0"
+
+
 def test_not_even_through_a_link_to_it(mounted: Mounted, tmp_path: Path) -> None:
     (tmp_path / "way").symlink_to(mounted.ram)
     assert refused(mounted, tmp_path / "way" / "new")[0] in (errno.EINVAL, errno.ELOOP)
