@@ -71,6 +71,18 @@ FOLLOWED = (
 )
 """The options of every command that may take its time."""
 
+
+def seconds(text: str) -> float:
+    """A time of the command line."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 86400:
+        raise argparse.ArgumentTypeError(f"expects a number of seconds, up to 86400, not {text!r}")
+    return value
+
+
 OFFSET = argument("--offset", metavar="SIZE", type=size, default=0, help="where in FILE it begins (0x1000, 4k)")
 JSON = argument("--json", action="store_true", help="print one JSON object, or an array of them for several")
 
@@ -218,6 +230,13 @@ COMMANDS = (
                 dest="snapshot",
                 action="store_false",
                 help="let clones write to their disks, each to its own ({n})",
+            ),
+            argument(
+                "--record",
+                metavar="SECONDS",
+                type=seconds,
+                help="keep what QEMU has touched of FILE after some seconds, in FILE.working-set: later starts "
+                "read that first",
             ),
             argument("--qemu", metavar="PROGRAM", help="the QEMU to start (default: the machine type's)"),
             argument("--show", action="store_true", help="print the command and start nothing"),

@@ -6,10 +6,13 @@ whatever happens to its name, and no other file has to be written.
 """
 
 import argparse
+import contextlib
 import errno
 import os
 import shlex
 import shutil
+import signal
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -18,7 +21,8 @@ from dataclasses import dataclass, replace
 from typing import NoReturn
 
 from ckptfs.channels.opened import Opened, open_file
-from ckptfs.errors import CheckpointError, CommandError, StateError
+from ckptfs.channels.working_set import SUFFIX, read_ahead, read_working_set, touched, write_working_set
+from ckptfs.errors import CheckpointError, CommandError, QemuError, StateError
 from ckptfs.guest.resume import check_mappable, inherited_file, vmstate_of
 from ckptfs.mapped_ram.checkpoint import Checkpoint
 from ckptfs.mapped_ram.ramblock import RAMBlock
@@ -89,8 +93,12 @@ def run(arguments: argparse.Namespace) -> int:
         qemu = replace(qemu, options=_resuming(opened.checkpoint, backends, qemu.options, path, incoming))
         descriptors = (opened.fd, vmstate)
         directory = os.path.abspath(arguments.directory) if arguments.directory else None
+        path = os.path.abspath(opened.path)
+        read_ahead(opened.fd, read_working_set(path, opened.fd))
         if qemu.directory is not None:
             os.chdir(qemu.directory)
+        if arguments.record is not None:
+            return _run_recorded(path, opened.fd, qemu, descriptors, arguments.record)
         if arguments.count is None:
             _become(qemu, descriptors)
         _run_clones(opened, qemu, descriptors, directory, arguments)
@@ -133,7 +141,7 @@ def _refuse_unfit(opened: Opened) -> None:
 
 def _given(opened: Opened, arguments: Sequence[str], program: str | None) -> QEMU:
     """The machine as the caller describes it."""
-    for option in ("--count", "--directory", "--no-snapshot", "--qemu", "--show", "--offset"):
+    for option in ("--count", "--directory", "--no-snapshot", "--qemu", "--show", "--offset", "--record"):
         if option in arguments:
             raise CommandError(f"{option} goes before the file: what follows that is QEMU's")
     return QEMU(_program(opened, program), parse(arguments))
@@ -213,6 +221,19 @@ def _become(qemu: QEMU, descriptors: Sequence[int]) -> NoReturn:
     for descriptor in descriptors:
         os.set_inheritable(descriptor, True)
     os.execv(qemu.program, [qemu.program, *join(qemu.options)])
+
+
+def _run_recorded(path: str, fd: int, qemu: QEMU, descriptors: Sequence[int], seconds: float) -> int:
+    """Run QEMU below this process, and keep what it has touched of the file after some seconds."""
+    process = subprocess.Popen([qemu.program, *join(qemu.options)], pass_fds=descriptors)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to both, and QEMU decides
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        code = process.wait(seconds)
+        raise QemuError(f"QEMU ended with exit code {code} before {seconds:g} s had passed: nothing was recorded")
+    length = write_working_set(path, fd, touched(process.pid, fd))
+    print(f"{path}{SUFFIX}: {length >> 20} MiB are read first from now on", file=sys.stderr, flush=True)
+    return int(process.wait() != 0)
 
 
 def _run_clones(

@@ -221,6 +221,23 @@ def test_it_needs_to_be_told_nothing(remembered: Path, tmp_path: Path) -> None:
         process.wait()
 
 
+def test_what_a_start_touches_is_kept(remembered: Path, tmp_path: Path) -> None:
+    kept = remembered.with_name("vm.working-set")
+    process = subprocess.Popen([CKPTFS, "run", "--record", "2", remembered], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    line = process.stderr.readline()
+    process.terminate()
+    process.communicate()
+    assert re.fullmatch(rf"{kept}: \d+ MiB are read first from now on\n", line)
+    head, *ranges = kept.read_text().splitlines()
+    assert head.startswith("ckptfs working set 1 ")
+    assert 0 < len(ranges) < 1000
+    with subprocess.Popen([CKPTFS, "run", remembered]) as again:
+        wait_until(lambda: is_qemu_on(again.pid, remembered))
+        again.kill()
+    kept.unlink()
+
+
 def test_clones_of_what_is_remembered(remembered: Path, tmp_path: Path) -> None:
     command = [CKPTFS, "run", "--count", "2", "--directory", "clones", remembered]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=tmp_path) as process:
