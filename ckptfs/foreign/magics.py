@@ -21,6 +21,9 @@ LIBVIRT_HEADER_LENGTH = 92
 LIBVIRT_FORMATS = ("raw", "gzip", "bzip2", "xz", "lzop", "zstd", "sparse")
 """By the number in the header (src/qemu/qemu_saveimage.h, 11.3)."""
 
+_VMWARE = (0xBED2BED0, 0xBAD1BAD1, 0xBED2BED2, 0xBED3BED3)
+"""Of .vmss and .vmsn, as volatility3 knows them (layers/vmware.py)."""
+
 _UNPACK = "unpack it, and give the file that was in it"
 _DISK = "a checkpoint holds RAM and devices, and disks are other files"
 _RAM_ALONE = (
@@ -102,16 +105,14 @@ TABLE = (
     Row(b"QED\0", f"a QED disk image: {_DISK}"),
     Row(b"\x7fELF", _elf),
     Row(b"EMiL", f"a LiME dump: {_RAM_ALONE}"),
+    Row(b"AVML", f"an AVML dump: {_RAM_ALONE}"),
     Row(b"KDUMP   ", f"a kdump file (makedumpfile, or QEMU's dump-guest-memory): {_RAM_ALONE}"),
     Row(b"DISKDUMP", f"a diskdump file: {_RAM_ALONE}"),
     Row(b"makedumpfile\0", f"a flattened kdump file (makedumpfile -F, or QEMU's dump-guest-memory): {_RAM_ALONE}"),
     Row(b"PAGEDU64", f"a Windows crash dump: {_RAM_ALONE}"),
     Row(b"PAGEDUMP", f"a Windows crash dump: {_RAM_ALONE}"),
     Row(b"\x7fVirtualBox SavedState V", f"a saved state of VirtualBox: {_OTHER_MONITOR}"),
-    *(
-        Row(bytes([byte]) + b"\xbe\xd2\xbe", f"a saved state of VMware: {_OTHER_MONITOR}")
-        for byte in range(0xD0, 0xD4)
-    ),
+    *(Row(magic.to_bytes(4, "little"), f"a saved state of VMware: {_OTHER_MONITOR}") for magic in _VMWARE),
     Row(b"\0\0\x64\x86\x84\x19\x10\x07", f"a snapshot of Firecracker: {_OTHER_MONITOR}"),
     Row(b"\0\0\xaa\xaa\x84\x19\x10\x07", f"a snapshot of Firecracker: {_OTHER_MONITOR}"),
     Row(b"Xen saved domain", f"a saved domain of Xen: {_OTHER_MONITOR}"),
