@@ -18,6 +18,7 @@ from ckptfs.channels.descriptors import describe_address
 from ckptfs.channels.identity import Identity
 from ckptfs.channels.lane import Lane
 from ckptfs.channels.version import NOTHING, KnownFile
+from ckptfs.channels.working_set import SUFFIX
 from ckptfs.errors import CkptfsError, CommandError, StateError
 from ckptfs.fuse.events import Changes
 from ckptfs.fuse.outcome import Outcome, describe, errno_of
@@ -167,6 +168,27 @@ class Control:
 
     async def _restore(self, command: ctl.Restore, identity: Identity) -> str:
         return f"ok {await self._guest.restore()}"
+
+    async def _record(self, command: ctl.Record, identity: Identity) -> str:
+        base = self._guest.base
+        if base is None:
+            raise StateError("there is no checkpoint beside which anything could be kept", errno.EINVAL)
+        pages = {idstr: block.received.copy() for idstr, block in self._guest.blocks.items() if block.stack.base}
+        length = await trio.to_thread.run_sync(base.record, pages, identity)
+        return f"ok {length >> 20} MiB are read first with prefetch=recorded: {base.path}{SUFFIX}"
+
+    def start_warming(self) -> None:
+        """Begin to warm what was recorded of the checkpoint (mount option prefetch=recorded)."""
+        self._go_on(self._warm_recorded)
+
+    async def _warm_recorded(self) -> str:
+        base, warmed = self._guest.base, 0
+        assert base is not None
+        for idstr, run in await trio.to_thread.run_sync(base.read_working_set):
+            start, stop = (page * self._guest.page_size for page in run)
+            channel_count = self._guest.settings.parameters.multifd_channels
+            warmed += await self._page_cache.warm([idstr], start, stop - start, channel_count)
+        return f"{warmed} bytes that were recorded are in the page cache"
 
     def start_restore(self) -> None:
         """Begin to restore in the background (mount option prefetch=on)."""
@@ -343,6 +365,7 @@ _METHODS: dict[type, Callable[[Control, Any, Identity], Awaitable[str]]] = {
     ctl.MigrateContinue: Control._migrate_continue,
     ctl.Restore: Control._restore,
     ctl.Prefetch: Control._prefetch,
+    ctl.Record: Control._record,
     ctl.Reset: Control._reset,
     ctl.SetCapability: Control._set_capability,
     ctl.SetParameter: Control._set_parameter,

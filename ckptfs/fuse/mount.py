@@ -118,8 +118,8 @@ class Mount:
             log.info("only root can tune the mount: %s left as it was", ", ".join(refused))
         if self._views is not None:
             self._start_soon(self._views.refresh)  # so that status tells at once what can't be made
-        if self._options.prefetch and self._guest.base is not None:
-            self._control.start_restore()
+        if self._guest.base is not None and self._options.prefetch != "off":
+            (self._control.start_restore if self._options.prefetch == "on" else self._control.start_warming)()
         starter.mounted()
         log.info("%s: mounted on %s", self._source, self._mountpoint)
 

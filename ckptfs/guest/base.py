@@ -5,7 +5,7 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from uuid import UUID
@@ -15,9 +15,11 @@ import trio
 from ckptfs.channels.backing_file import BackingFile, DirectIO, FileSource, OpenedFile
 from ckptfs.channels.buffers import AlignedBuffers
 from ckptfs.channels.channels import BACKING_DEADLINE, CLOSING_DEADLINE, Channel, Channels, NoAnswerError
+from ckptfs.channels.identity import Identity
 from ckptfs.channels.reflink import share
 from ckptfs.channels.version import FileVersion
-from ckptfs.errors import CheckpointError, CkptfsError, CommandError, StorageError
+from ckptfs.channels.working_set import ByteRange, read_working_set, write_working_set
+from ckptfs.errors import CheckpointError, CkptfsError, CommandError, StateError, StorageError
 from ckptfs.foreign.content import Content, read_content, read_header
 from ckptfs.guest.block import BaseBlock
 from ckptfs.guest.pages import MappedPages, PageSource, RecordedPages
@@ -165,6 +167,38 @@ class Base:
         source_offset = pages.pages_offset + run.start * page_size
         length = (run.stop - run.start) * page_size
         return share(self._file.fd, source_offset, length, target_fd, target_offset)
+
+    def read_working_set(self) -> list[tuple[str, Run]]:
+        """The pages that were recorded of this file, by block (blocks): none of a plain stream."""
+        pages = [
+            (idstr, block.pages) for idstr, block in self.blocks.items() if isinstance(block.pages, MappedPages)
+        ]
+        found = []
+        for start, stop in read_working_set(self.path, self._file.fd):
+            for idstr, place in pages:
+                first = max(start - place.pages_offset, 0) // place.page_size
+                last = min(
+                    -(-(stop - place.pages_offset) // place.page_size), self.blocks[idstr].file_bmap.page_count
+                )
+                if first < last:
+                    found.append((idstr, Run(first, last)))
+        return found
+
+    def record(self, pages: Mapping[str, PagesBitmap], identity: Identity) -> int:
+        """Keep these pages as the file's working set, as ``identity`` may; return how many bytes (blocks).
+
+        Raises StateError for a checkpoint that has no place beside it, OSError.
+        """
+        if not os.path.isabs(self.path):
+            raise StateError(f"{self.path}: has no name beside which anything could be kept")
+        ranges = [
+            ByteRange(*(place.pages_offset + page * place.page_size for page in run))
+            for idstr, bitmap in pages.items()
+            if isinstance(place := self.blocks[idstr].pages, MappedPages)
+            for run in bitmap.runs()
+        ]
+        with identity.assumed():
+            return write_working_set(self.path, self._file.fd, ranges)
 
     def image(self) -> Image:
         """All of the checkpoint but its pages, to be written beside newer ones."""

@@ -65,6 +65,11 @@ class Prefetch:
 
 
 @dataclass(frozen=True)
+class Record:
+    """Keep, beside the checkpoint, which of its pages were read."""
+
+
+@dataclass(frozen=True)
 class Reset:
     """Drop every written page."""
 
@@ -147,6 +152,7 @@ Command = (
     | MigrateContinue
     | Restore
     | Prefetch
+    | Record
     | Reset
     | SetCapability
     | SetParameter
@@ -428,6 +434,13 @@ GRAMMAR = (
         "[NAME [START LENGTH]]",
         "Warm everything, the block `ram/NAME`, or `LENGTH` bytes of it from byte `START` on.",
         _parse_prefetch,
+    ),
+    Grammar(
+        ("record",),
+        "",
+        "Keep which pages were read so far, in `FILE.working-set` beside the checkpoint: a later mount with"
+        " `prefetch=recorded` reads those first.",
+        _alone(Record()),
     ),
     Grammar(
         ("reset",),

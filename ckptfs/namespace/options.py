@@ -27,7 +27,8 @@ class MountOptions:
     """RAM blocks of a fresh guest: used_length by idstr, in the order given."""
     read_only: bool = False
     qmp: str | None = None
-    prefetch: bool = False
+    prefetch: str = "off"
+    """``off``, ``on``, or ``recorded``: what an earlier mount, or `ckptfs run --record`, has kept."""
     image_offset: int = 0
     parameters: MigrationParameters = field(default_factory=MigrationParameters)
     capabilities: MigrationCapabilities = field(default_factory=MigrationCapabilities)
@@ -257,6 +258,12 @@ def _parse_rounds(text: str) -> int:
     return rounds
 
 
+def _parse_prefetch(text: str) -> str:
+    if text not in ("on", "off", "recorded"):
+        raise CommandError("expects on, off or recorded")
+    return text
+
+
 def _parse_number(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,9}", text):
         raise CommandError(f"'{text}' is not a number")
@@ -328,7 +335,12 @@ OPTIONS = (
         "Where a RAM block is in physical memory, for views/, as in map=dimm0@4G. Repeat it for more blocks.",
         _append("map"),
     ),
-    Option("prefetch", "on|off", "Restore everything in the background.", _one("prefetch", parse_state)),
+    Option(
+        "prefetch",
+        "on|off|recorded",
+        "Restore everything in the background, or warm what was recorded (ctl: record).",
+        _one("prefetch", _parse_prefetch),
+    ),
     Option(
         "image_offset",
         "SIZE",

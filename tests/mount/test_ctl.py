@@ -5,6 +5,8 @@ import json
 import mmap
 import os
 import subprocess
+import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -200,6 +202,37 @@ def test_prefetch_warms_what_it_is_told_to(mount: Mount, tmp_path: Path) -> None
     assert 258 <= read < 4098
     mounted.ctl("prefetch")
     assert mounted.status()["read-pages"] == 4098
+
+
+def test_what_was_read_is_read_first_the_next_time(mount: Mount, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    MigrationFile(blocks=[Block("pc.ram", 4096, dict.fromkeys(range(4096), b"x"))]).write(path)
+    mounted = mount(path)
+    with open(mounted.ram / "pc.ram", "rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        os.pread(file.fileno(), 4096, 9 << 20)
+    read = mounted.status()["read-pages"]
+    assert 0 < read < 2048
+    assert mounted.ctl("record").startswith("ok ")
+    mounted.umount()
+    mounted = mount(path, "prefetch=recorded")
+    assert wait_for(lambda: mounted.status()["read-pages"] >= read)
+    with open(mounted.path / "pages" / "pc.ram", "rb") as file:
+        assert file.read()[9 << 8] == 2
+    assert mounted.status()["read-pages"] < 4096
+    fresh = mount(tmp_path / "new", "ram=pc.ram:1M")
+    with pytest.raises(OSError, match="no checkpoint beside which"):
+        fresh.ctl("record")
+
+
+def wait_for(condition: Callable[[], bool]) -> bool:
+    """Ask again and again: what goes on in the background tells nobody."""
+    end = time.monotonic() + 60
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 @pytest.mark.parametrize("access", [os.O_WRONLY, os.O_RDWR], ids=["O_WRONLY", "O_RDWR"])

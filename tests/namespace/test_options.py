@@ -34,7 +34,8 @@ def changes(text: str) -> dict[str, Any]:
         ("ro", {"read_only": True}),
         ("ro,rw", {}),
         ("qmp=/run/vm1.qmp", {"qmp": "/run/vm1.qmp"}),
-        ("prefetch=on", {"prefetch": True}),
+        ("prefetch=on", {"prefetch": "on"}),
+        ("prefetch=recorded", {"prefetch": "recorded"}),
         ("prefetch=off", {}),
         ("image_offset=4k", {"image_offset": 4096}),
         ("image-offset=4k", {"image_offset": 4096}),
@@ -112,7 +113,7 @@ def test_what_is_for_mount_is_ignored(text: str) -> None:
         ("ram=a:1M,ram=a:2M", "mount option 'ram=a:2M': 'a' is given twice"),
         ("ro=1", "mount option 'ro=1': takes no value"),
         ("prefetch", "mount option 'prefetch': expects a value after '='"),
-        ("prefetch=1", "mount option 'prefetch=1': Expected 'on' or 'off'"),
+        ("prefetch=1", "mount option 'prefetch=1': expects on, off or recorded"),
         ("image_offset=16E", "mount option 'image_offset=16E': bad size '16E': has to be from 0 to less than 16E"),
         (
             "multifd_channels=256",
