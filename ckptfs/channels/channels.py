@@ -1,7 +1,8 @@
 """Multifd channels: N descriptors on one backing file, each carrying one payload at a time.
 
 A payload is opaque (QEMU 9.2 made multifd's so): a function that is given the channel and does its own
-positional I/O in a worker thread. The channel knows its descriptor, the limit of threads and who goes first.
+positional I/O in the channel's thread, which waits for the next one in a queue: that costs a quarter of what
+trio.to_thread does for each.
 
 All channels are created before any carries a payload, and a failure on the way closes those that were made
 (QEMU's leak fixes, migration/file.c). A descriptor is closed only when no thread is inside a payload with it:
@@ -16,8 +17,10 @@ import contextlib
 import logging
 import math
 import os
+import queue
+import threading
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import trio
 
@@ -50,14 +53,53 @@ class NoAnswerError(StorageError):
         self.returned = returned
 
 
+class _Call:
+    """A payload under way: who waits for it (nobody any more: None), and what came of it."""
+
+    def __init__(self, payload: Callable[["Channel"], Any], task: trio.lowlevel.Task) -> None:
+        self.payload = payload
+        self.task: trio.lowlevel.Task | None = task
+        self.trio_token = trio.lowlevel.current_trio_token()
+        self.result: Any = None
+        self.errors: list[BaseException] = []
+
+
 class Channel:
-    """One descriptor for pages. Its methods block: they are called by payloads, in worker threads."""
+    """One descriptor for pages, and a thread. Its methods but `start` block: payloads call them, in that thread."""
 
     def __init__(self, fd: int, direct_io: bool) -> None:
         self._fd = fd
         self.direct_io = direct_io
         self.given_up = False
         """Whether nobody waits for the payload any more: it should end soon, and begin nothing new."""
+        self._calls: queue.SimpleQueue[tuple[_Call, Callable[[Channel, _Call], None]] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def start(self, call: _Call, returned: Callable[["Channel", _Call], None]) -> None:
+        """Have the thread perform a call, and ``returned`` called in trio's. RuntimeError if there is no thread."""
+        if self._thread is None:
+            thread = threading.Thread(target=self._perform_calls, name="ckptfs channel", daemon=True)
+            thread.start()
+            self._thread = thread
+        self._calls.put((call, returned))
+
+    def _perform_calls(self) -> None:
+        while self._perform(self._calls.get()):
+            pass  # no variable here holds on to what a payload had
+
+    def _perform(self, what: tuple[_Call, Callable[["Channel", _Call], None]] | None) -> bool:
+        if what is None:
+            return False
+        call, returned = what
+        try:
+            call.result = call.payload(self)
+        except BaseException as error:  # noqa: BLE001 - it is raised where the call is waited for
+            call.errors.append(error)
+        try:
+            call.trio_token.run_sync_soon(returned, self, call)
+        except trio.RunFinishedError:
+            self.close()
+        return True
 
     def pread_exactly(self, buffer: memoryview, file_offset: int) -> None:
         """Fill ``buffer`` from ``file_offset`` on; StorageError or OSError if that can't be done."""
@@ -72,8 +114,9 @@ class Channel:
         pwritev_all(self._fd, views, file_offset)
 
     def close(self) -> None:
-        """Close the descriptor."""
+        """Close the descriptor and end the thread, which is in no payload."""
         os.close(self._fd)
+        self._calls.put(None)
 
     @property
     def path(self) -> str:
@@ -96,7 +139,6 @@ class Channels:
         self._left_behind: dict[Channel, trio.Event] = {}
         self._answered = -math.inf  # when a payload last ended, in trio's time
         self._silent_since: float | None = None  # as it was logged
-        self._limiter = trio.CapacityLimiter(math.inf)  # the channels themselves are the limit
         self._closed = False
         self._given_up = False
 
@@ -167,30 +209,26 @@ class Channels:
             turn.urgent |= turn.payload is payload
 
     async def _run(self, payload: Callable[[Channel], T], channel: Channel) -> T:
-        trio_token = trio.lowlevel.current_trio_token()
-        duty = [channel]  # whoever pops it has to release the channel: list.pop is atomic
+        call = _Call(payload, trio.lowlevel.current_task())
 
-        def run() -> T:
-            duty.pop()
-            try:
-                return payload(channel)
-            finally:
-                try:
-                    trio_token.run_sync_soon(self._ended, channel)
-                except trio.RunFinishedError:
-                    channel.close()
+        def leave(raise_cancel: trio.lowlevel.RaiseCancelT) -> trio.lowlevel.Abort:
+            call.task = None
+            channel.given_up = True
+            return trio.lowlevel.Abort.SUCCEEDED
 
         try:
-            return await trio.to_thread.run_sync(run, abandon_on_cancel=True, limiter=self._limiter)
-        except trio.Cancelled:
-            channel.given_up = True
+            await trio.lowlevel.checkpoint_if_cancelled()
+            channel.start(call, self._returned)
+        except BaseException:
+            self._release(channel)
             raise
-        finally:
-            with contextlib.suppress(IndexError):  # the thread had it, or takes it just now
-                duty.pop()  # cancelled before the thread was started: if it is just starting, its pop fails
-                self._release(channel)
+        await trio.lowlevel.wait_task_rescheduled(leave)
+        if call.errors:
+            raise call.errors.pop()  # and keep it nowhere: its traceback has this frame
+        result: T = call.result
+        return result
 
-    def _ended(self, channel: Channel) -> None:
+    def _returned(self, channel: Channel, call: _Call) -> None:
         """The storage has answered, in whatever way."""
         self._answered = trio.current_time()
         if self._silent_since is not None:
@@ -198,6 +236,8 @@ class Channels:
             log.info("%s: the storage answers again, after %.0f s", channel.path, seconds)
             self._silent_since = None
         self._release(channel)
+        if call.task is not None:
+            trio.lowlevel.reschedule(call.task)
 
     async def _next_idle(self, payload: Callable[[Channel], object], urgent: bool) -> Channel:
         if self._closed:

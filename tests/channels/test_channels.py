@@ -188,11 +188,11 @@ async def test_a_thread_that_cannot_be_started_costs_no_channel(
 ) -> None:
     channels = open_channels(1)
 
-    async def no_thread(*args: object, **kwargs: object) -> None:
+    def no_thread(thread: threading.Thread) -> None:
         raise RuntimeError("can't start new thread")
 
     with monkeypatch.context() as patched:
-        patched.setattr(trio.to_thread, "run_sync", no_thread)
+        patched.setattr(threading.Thread, "start", no_thread)
         with pytest.raises(RuntimeError, match="can't start new thread"):
             await channels.carry(lambda channel: None)
     await assert_all_in_service(channels)
