@@ -76,6 +76,8 @@ def describe_mount(
     """A moment of the mount."""
     memory = memory_on(guest, origin.backends)
     machine, readers = guest.machines.bound, guest.readers
+    if machine is not None:
+        machine.look()
     checkpoint = None if guest.base is None else guest.base.checkpoint
     blocks = tuple(describe_block(block) for block in guest.blocks.values())
     held = sum(
@@ -143,5 +145,8 @@ def _vmstate(guest: Guest) -> str:
     if guest.machines.refusal is not None:
         return f"refused: {guest.machines.refusal}"
     if guest.machines.have_run:
+        machine = guest.machines.bound
+        if machine is not None and machine.ended:
+            return "used: a machine has run on this RAM, and has ended; `reset` makes it ready again"
         return "in use: a machine was started from it"
     return "stale: pages were written since the checkpoint" if guest.has_written else "ready"

@@ -60,7 +60,9 @@ def _refuse_left_out(checkpoint: Checkpoint, stream: PrecopyStream, frozen: dict
     for block in checkpoint.blocks:
         if block.idstr not in frozen and block.idstr not in stream.page_offsets:
             raise QemuError(
-                f"QEMU's RAM {block.idstr!r} lies in a shared file, and not on this mount", errno.EINVAL
+                f"QEMU's RAM {block.idstr!r} lies in a shared file, and is no block of main memory on this mount: "
+                "QEMU leaves it out of a checkpoint; give its device (ivshmem?) a memory-backend-ram",
+                errno.EINVAL,
             )
 
 

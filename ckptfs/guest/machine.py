@@ -24,6 +24,17 @@ class Machine:
     identity: Identity
     state: str = "waiting"
     run_state: str | None = None
+    _process: tuple[int, str] | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process that was seen at the socket has ended; looks at /proc, and waits for nothing."""
+        return self._process is not None and _start_of(self._process[0]) != self._process[1]
+
+    def look(self) -> None:
+        """Note it if the machine has ended: nobody else tells between two saves."""
+        if self.ended:
+            self.state, self.run_state = "lost", None
 
     @asynccontextmanager
     async def monitor(self) -> AsyncIterator["Monitor"]:
@@ -33,6 +44,8 @@ class Machine:
         self.state = "lost" if self.state == "connected" else self.state
         async with connected(self.qmp_path, self.identity) as monitor:
             self.state = "connected"
+            started = _start_of(monitor.pid)
+            self._process = None if started is None else (monitor.pid, started)
             try:
                 await self._look(monitor)
                 yield monitor
@@ -50,6 +63,16 @@ class Machine:
     def _note_loss(self, error: QemuError) -> None:
         if error.errno in (errno.EPIPE, errno.ETIMEDOUT):
             self.state = "lost"
+
+
+def _start_of(pid: int) -> str | None:
+    """When process ``pid`` was started (proc_pid_stat(5), field 22); None if it is not there, or dead already."""
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            state, *fields = file.read().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if state in "ZX" else fields[18]
 
 
 class Machines:

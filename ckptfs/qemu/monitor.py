@@ -29,6 +29,7 @@ _UCRED = struct.Struct("3i")
 _LAST_CHANCE = 1.0
 """Seconds for each further answer once QEMU has missed a deadline: it answers in order."""
 
+_ONE_AT_A_TIME = "it serves one client at a time: give QEMU a second -qmp, for ckptfs alone"
 _START_OR_LET_GO = ": start QEMU with it as its -qmp, or let go of it with `qmp none`"
 
 # what the library would log comes as an exception as well
@@ -124,6 +125,10 @@ async def connected(path: str, identity: Identity, deadline: float = DEADLINE) -
     try:
         connection = await trio.to_thread.run_sync(_connect, path, identity)
     except OSError as error:
+        if error.errno == errno.EAGAIN:  # its backlog is full, of connections that waited in vain
+            raise QemuError(
+                f"QMP socket {path}: others wait there already; {_ONE_AT_A_TIME}", errno.EBUSY
+            ) from error
         remedy = _START_OR_LET_GO if error.errno in (errno.ENOENT, errno.ECONNREFUSED) else ""
         raise QemuError(f"QMP socket {path}: {error.strerror}{remedy}", error.errno) from error
     pid = _listener_of(connection)
@@ -192,8 +197,7 @@ async def _greet(
             await _run_in(loop, client.connect(connection))
     except trio.TooSlowError:
         raise QemuError(
-            f"QMP socket {path}: no greeting in {deadline:g} s; it serves one client at a time: "
-            "give QEMU a second -qmp, for ckptfs alone",
+            f"QMP socket {path}: no greeting in {deadline:g} s; {_ONE_AT_A_TIME}",
             errno.ETIMEDOUT,
         ) from None
     except ConnectError as error:

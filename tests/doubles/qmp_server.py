@@ -183,6 +183,7 @@ class FakeQemu:
         self.run_state = run_state
         self.stream = stream
         self.broken_off = False
+        self.reason = "told to fail"
         self.stalled = False
         self.half_sent = trio.Event()
         names = ("xbzrle", "events", "pause-before-switchover", "multifd", "x-ignore-shared", "mapped-ram")
@@ -281,7 +282,7 @@ class FakeQemu:
             if self._cancelled.is_set():
                 await self._set_status("cancelled")
             elif self.broken_off:
-                await self._set_status("failed", **{"error-desc": "told to fail"})
+                await self._set_status("failed", **{"error-desc": self.reason})
             else:
                 await self._set_status("completed")
                 self.run_state = "postmigrate"

@@ -180,6 +180,15 @@ async def test_a_migration_that_fails(case: Case) -> None:
     await case.assert_next_works()
 
 
+async def test_a_disk_that_qemu_cannot_open_again(case: Case) -> None:
+    case.qemu.broken_off = True
+    case.qemu.reason = "bdrv_inactivate_all() failed: Bad address"
+    with pytest.raises(
+        QemuError, match=r"Bad address \(QEMU can't open a disk again, .* absolute paths, -daemonize"
+    ):
+        await case.capture()
+
+
 async def test_cont_refused(case: Case) -> None:
     case.server.faults["cont"] = refuse
     with pytest.raises(

@@ -201,6 +201,9 @@ async def test_qemu_is_gone(checkpoints: LiveCheckpoints, mount: Mount, tmp_path
         os.kill(guest.vm.pid, signal.SIGKILL)
         with pytest.raises(EOFError):
             await guest.vm.wait_serial("what a dead guest does not print")
+        status = guest.mounted.status()
+        assert (status["qmp"], status["guest"]) == (f"lost {guest.vm.qmp_path}", None)
+        assert status["vmstate"].startswith("used: a machine has run on this RAM, and has ended")
         await guest.fails(f"QMP socket {guest.vm.qmp_path}: Connection refused", errno.ECONNREFUSED)
     await guest.fails(f"QMP socket {guest.vm.qmp_path}: No such file or directory", errno.ENOENT)
     assert guest.mounted.status()["qmp"] == f"lost {guest.vm.qmp_path}"

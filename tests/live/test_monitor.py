@@ -13,6 +13,7 @@ import trio
 
 from ckptfs.channels.identity import Identity
 from ckptfs.errors import QemuError
+from ckptfs.qemu import monitor as monitor_module
 from ckptfs.qemu.monitor import connected
 from tests.doubles.qmp_server import FakeQemu, HangUpError, QmpServer, hang, hang_up, relayed, served
 from tests.qemu.guest import Guest
@@ -206,6 +207,33 @@ async def test_a_monitor_is_one_at_a_time(guest_files: Guest) -> None:
         with pytest.raises(QemuError, match=r"no greeting in 0\.05 s; it serves one client at a time"):
             async with connect(vm.qmp_path, deadline=0.05):
                 pass
+
+
+async def test_a_monitor_whose_backlog_is_full(guest_files: Guest) -> None:
+    async with Qemu(guest_files, "-S") as vm, connect(vm.qmp_path):
+        words = []
+        for _ in range(4):
+            with pytest.raises(
+                QemuError, match="it serves one client at a time: give QEMU a second -qmp"
+            ) as caught:
+                async with connect(vm.qmp_path, deadline=0.05):
+                    pass
+            words.append(str(caught.value).split(": ")[1].split(";")[0])
+        assert words[-1] == "others wait there already", words
+
+
+async def test_a_qemu_that_has_missed_a_deadline_has_less_time(
+    server: tuple[QmpServer, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(monitor_module, "_LAST_CHANCE", 0.01)
+    server[0].faults["query-migrate"] = hang
+    async with connect(server[1]) as monitor:
+        monitor.deadline = 0.1
+        with pytest.raises(QemuError, match=r"^query-migrate: QEMU gave no answer in 0\.1 s$"):
+            await monitor.execute("query-migrate")
+        for command in ("cont", "closefd"):
+            with pytest.raises(QemuError, match=rf"^{command}: QEMU gave no answer in 0\.01 s$"):
+                await monitor.execute(command)
 
 
 async def test_cancelled_while_it_connects(tmp_path: Path) -> None:

@@ -32,6 +32,10 @@ PIPE_LENGTH = 1 << 20
 PARAMETERS = {"max-bandwidth": 0, "tls-creds": "", "mode": "normal"}
 """Set while a machine is captured: no limit, no TLS (not through a pipe), no cpr."""
 
+_DISK_NOT_FOUND = (
+    " (QEMU can't open a disk again, as it does when it saves: start it with absolute paths, -daemonize leaves the "
+    "directory that relative ones were meant from)"
+)
 _FD_NAME = "ckptfs"
 
 
@@ -269,6 +273,8 @@ async def check_completed(monitor: "Monitor") -> None:
     _refuse_cancelled(status)
     if status != "completed":
         reason = found.get("error-desc", "no reason given")
+        if reason.endswith(os.strerror(errno.EFAULT)):
+            reason += _DISK_NOT_FOUND
         raise QemuError(f"QEMU's migration of its device state ended as {status!r}: {reason}")
 
 
