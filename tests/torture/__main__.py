@@ -7,11 +7,12 @@ from collections import Counter
 from pathlib import Path
 
 from tests.mount.harness import adopt_orphans
-from tests.torture import programs
+from tests.torture import commanders, programs
 from tests.torture.frame import FAULTS, Torture, rounds, table
 
 TORTURES: dict[str, Torture] = {
     "programs": programs.torture,
+    "commanders": commanders.torture,
 }
 
 SCRATCH = Path(__file__).parents[2] / ".cache"

@@ -45,6 +45,10 @@ class Round:
         """Whether there is time left."""
         return time.monotonic() < self.ends_at
 
+    def ends_in(self) -> float:
+        """Seconds that are left."""
+        return max(0.0, self.ends_at - time.monotonic())
+
     def count(self, what: str, note: str | None = None) -> None:
         """Count something; ``note`` is printed with the round."""
         self.counts[what] += 1
