@@ -304,7 +304,8 @@ OPTIONS = (
     Option(
         "qmp",
         "SOCKET",
-        "QMP socket of the QEMU that runs on this RAM: save is then a live checkpoint of the whole machine.",
+        "QMP socket of the QEMU that runs on this RAM: save is then a live checkpoint of the whole machine. Without"
+        " ram= and a file, the machine's RAM may lie anywhere.",
         _one("qmp", str),
     ),
     Option(

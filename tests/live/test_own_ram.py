@@ -153,6 +153,10 @@ async def test_a_mount_shows_what_was_saved(mount: Mount, stepper: Stepper, tmp_
             await ticks(vm)
         status = mounted.status()
         assert (status["capture"], status["vmstate"]) == ("snapshot", "ready")
+        mounted.ctl("migrate_set_capability x-ignore-shared on")
+        with pytest.raises(OSError, match="is saved as a whole: switch x-ignore-shared off"):
+            mounted.ctl("save")
+        mounted.ctl("migrate_set_capability x-ignore-shared off")
         with pytest.raises(OSError, match="Read-only") as caught:
             (mounted.ram / "pc.ram").open("r+b")
         assert caught.value.errno == errno.EROFS
@@ -178,6 +182,19 @@ async def test_a_mount_of_a_checkpoint_whose_machine_has_its_own_ram(
         other = mount(tmp_path / "fresh", "ram=pc.ram:32M", f"qmp={vm.qmp_path}", "capture=snapshot")
         with pytest.raises(OSError, match="capture=snapshot is for machines whose RAM lies elsewhere"):
             other.ctl("save")
+
+
+async def test_a_mount_of_another_machine(mount: Mount, stepper: Stepper, tmp_path: Path) -> None:
+    async with running(stepper, "memory-backend-ram") as vm, Qemu(stepper, memory="64M") as other:
+        await ticks(vm)
+        mounted = mount(tmp_path / "saved", f"qmp={vm.qmp_path}")
+        await trio.to_thread.run_sync(mounted.ctl, "save")
+        mounted.ctl(f"qmp {other.qmp_path}")
+        with pytest.raises(OSError, match=r"QEMU's RAM is not that of this mount any more \(pc.ram\)") as caught:
+            await trio.to_thread.run_sync(mounted.ctl, "save")
+        assert caught.value.errno == errno.EBUSY
+        assert await other.run_state() == "running"
+        await assert_is_right(tmp_path / "saved", stepper)
 
 
 # ---- given up, and killed ----------------------------------------------------------------------------------
