@@ -15,6 +15,7 @@ from tests.mount.harness import adopt_orphans
 
 BENCHMARKS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "save": storage.save,
+    "again": storage.again,
     "read": storage.read,
     "random": storage.random,
     "restore": storage.restore,
