@@ -14,8 +14,17 @@ from tests.doubles.checkpoints import save_request
 PAGE = 4096
 
 
+class Steps(trio.abc.Instrument):
+    """Counts the steps that tasks have done: one ends where something is awaited."""
+
+    count = 0
+
+    def after_task_step(self, task: trio.lowlevel.Task) -> None:
+        self.count += 1
+
+
 class Moment(NoPageCache):
-    """Looks, at the very end of `settled`, whether it ``has_happened``, and whether any other task had its turn."""
+    """Looks, at the very end of `settled`, whether it ``has_happened``, and whether anything was awaited."""
 
     def __init__(self, has_happened: Callable[[], bool]) -> None:
         self._has_happened = has_happened
@@ -23,15 +32,12 @@ class Moment(NoPageCache):
 
     @asynccontextmanager
     async def settled(self, idstrs: list[str]) -> AsyncIterator[None]:
-        others: list[bool] = []
-
-        async def note() -> None:
-            others.append(True)
-
+        steps = Steps()
         await trio.lowlevel.checkpoint()
-        trio.lowlevel.spawn_system_task(note)
+        trio.lowlevel.add_instrument(steps)
         yield
-        assert not others, "something was awaited while RAM was at rest"
+        trio.lowlevel.remove_instrument(steps)
+        assert not steps.count, "something was awaited while RAM was at rest"
         assert self._has_happened(), "RAM was let go too early"
         self.count += 1
 
