@@ -2,7 +2,7 @@
 
 import contextlib
 import errno
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from random import Random
 from typing import Any
 
@@ -12,8 +12,10 @@ from trio.testing import MockClock
 
 from ckptfs.errors import StateError
 from ckptfs.fuse import settling
+from ckptfs.fuse.page_cache import KERNEL_DEADLINE, KernelPageCache
 from ckptfs.fuse.settling import SETTLE_DEADLINE, FileRange, Settling, UnderWay
 from tests.doubles.kernel import CELLS, INODE, PAGE_LENGTH, Daemon, Kernel, ModelledPageCache, cells_of
+from tests.doubles.steps import Steps
 
 PAGE_COUNT = 48
 
@@ -247,6 +249,66 @@ def test_a_cancelled_attempt_lets_everybody_go_on() -> None:
             assert world.kernel.store_count > before
             world.kernel.slowest_eviction = 0.004
             await world.settle()
+
+    run(0, main)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_there_is_one_moment_at_a_time(seed: int) -> None:
+    """`stop` while RAM is saved."""
+    world = World(seed)
+
+    async def main() -> None:
+        async with world.alive(*[world.store_through_mmap] * 3, world.write), trio.open_nursery() as nursery:
+            for _ in range(3):
+                nursery.start_soon(world.settle)
+
+    run(seed, main)
+
+
+def test_nothing_is_awaited_between_rest_and_what_is_done_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(0)
+    steps = Steps()
+
+    async def settle(attempt: Settling) -> None:
+        await original(attempt)
+        trio.lowlevel.add_instrument(steps)
+
+    original = Settling.settle
+    monkeypatch.setattr(Settling, "settle", settle)
+
+    async def main() -> None:
+        async with world.alive(), world.daemon.page_cache.settled(["pc.ram"]):
+            trio.lowlevel.remove_instrument(steps)
+            assert not steps.count
+
+    run(0, main)
+
+
+class SilentKernel(ModelledPageCache):
+    """Returns from nothing."""
+
+    async def _in_thread(self, call: object, *args: object) -> None:  # type: ignore[override]
+        await trio.sleep_forever()
+
+
+@pytest.mark.parametrize("writes", [0, 6])
+@pytest.mark.parametrize("what", [KernelPageCache.flush, KernelPageCache.forget])
+def test_a_kernel_that_writes_nothing_back_is_given_up(what: Callable[..., Awaitable[None]], writes: int) -> None:
+    async def main() -> None:
+        async with trio.open_nursery() as nursery:
+            page_cache = SilentKernel(World(0).kernel, nursery)
+
+            async def write_at_times() -> None:
+                for _ in range(writes):
+                    await trio.sleep(10)
+                    async with page_cache.written(PAGE):
+                        pass
+
+            nursery.start_soon(write_at_times)
+            with pytest.raises(StateError, match="nothing of it was written back"):
+                await what(page_cache, ["pc.ram"])
+        assert trio.current_time() == pytest.approx(10 * writes + KERNEL_DEADLINE)
 
     run(0, main)
 

@@ -10,17 +10,9 @@ import trio
 from ckptfs.guest.guest import Guest, NoPageCache
 from ckptfs.guest.saving import save
 from tests.doubles.checkpoints import save_request
+from tests.doubles.steps import Steps
 
 PAGE = 4096
-
-
-class Steps(trio.abc.Instrument):
-    """Counts the steps that tasks have done: one ends where something is awaited."""
-
-    count = 0
-
-    def after_task_step(self, task: trio.lowlevel.Task) -> None:
-        self.count += 1
 
 
 class Moment(NoPageCache):
