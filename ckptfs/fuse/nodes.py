@@ -46,7 +46,7 @@ class Nodes:
         """Length and stored bytes of a node."""
         if node.kind is NodeKind.RAM:
             block = self._guest.blocks[node.subject]
-            return block.used_length, block.stack.with_data().count() * block.page_size
+            return block.used_length, block.stored_pages() * block.page_size
         if node.kind is NodeKind.PAGES:
             return self._guest.blocks[node.subject].page_count, 0
         if node.kind is NodeKind.VIEW and self._views is not None:

@@ -16,8 +16,9 @@ channels write out of it without a lock while the guest runs on.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
+from itertools import count
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -60,6 +61,9 @@ class BaseBlock:
     pages: PageSource
 
 
+_serials = count()
+
+
 @dataclass(frozen=True)
 class PageStack:
     """The layers over a base, newest first: an immutable list, so that an epoch can keep one."""
@@ -68,6 +72,8 @@ class PageStack:
     written: tuple[Layer, ...]
     restored: Layer | None
     base: BaseBlock | None
+    serial: int = field(default_factory=_serials.__next__, init=False, compare=False)
+    """Every stack has its own."""
 
     @property
     def layers(self) -> tuple[Layer, ...]:
@@ -94,6 +100,11 @@ class PageStack:
             yield segment
             start = segment.stop
 
+    @property
+    def changes(self) -> tuple[int, ...]:
+        """Another value whenever a page may have become one with data, or lies elsewhere."""
+        return (self.serial, *(layer.present.changes for layer in self.layers))
+
     def with_data(self) -> PagesBitmap:
         """Return the pages that may be other than zero."""
         data = PagesBitmap(self.page_count) if self.base is None else self.base.file_bmap.copy()
@@ -112,6 +123,8 @@ class GuestBlock:
         self.received = PagesBitmap(page_count)
         self.turns = Turns()
         self.stack = PageStack(page_count, (Layer(idstr, page_count, page_size),), None, base)
+        self._stored: tuple[tuple[int, ...], int] = (), 0
+        self._counts: tuple[tuple[int, ...], dict[PageState, int]] = (), {}
 
     @property
     def used_length(self) -> int:
@@ -202,8 +215,21 @@ class GuestBlock:
             states[layer.present.expand(start, stop) == 1] = PageState.WRITTEN.value
         return states
 
+    def stored_pages(self) -> int:
+        """Return how many pages may be other than zero; a TiB is counted only if something has changed."""
+        changes = self.stack.changes
+        if self._stored[0] != changes:
+            self._stored = changes, self.stack.with_data().count()
+        return self._stored[1]
+
     def page_counts(self) -> dict[PageState, int]:
-        """Return how many pages are in each state."""
+        """Return how many pages are in each state; counted as `stored_pages` are."""
+        changes = (*self.stack.changes, self.received.changes)
+        if self._counts[0] != changes:
+            self._counts = changes, self._count_pages()
+        return self._counts[1]
+
+    def _count_pages(self) -> dict[PageState, int]:
         written = self.written
         written_count = written.count()
         if self.stack.base is None:

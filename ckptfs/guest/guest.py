@@ -204,7 +204,7 @@ class Guest:
         """
         if in_use:
             raise StateError(f"{idstr}: somebody has it open or mapped, and would lose his RAM by O_TRUNC")
-        if self.blocks[idstr].stack.with_data().count():
+        if self.blocks[idstr].stored_pages():
             raise StateError(
                 f"{idstr}: holds data, which O_TRUNC would drop: `dd conv=notrunc` writes over it, "
                 "`reset` drops what was written",

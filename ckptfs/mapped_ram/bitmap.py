@@ -40,10 +40,12 @@ class PagesBitmap:
     threads may change one bitmap as long as their ranges share no byte.
     """
 
-    __slots__ = ("_bytes", "_view", "_words", "page_count")
+    __slots__ = ("_bytes", "_view", "_words", "changes", "page_count")
 
     def __init__(self, page_count: int) -> None:
         self.page_count = page_count
+        self.changes = 0
+        """Grows whenever a bit may have changed: what was worked out from them holds as long as it stays."""
         self._words: npt.NDArray[np.uint64] = np.zeros(bitmap_length(page_count) // 8, dtype="<u8")
         self._bytes: npt.NDArray[np.uint8] = self._words.view(np.uint8)
         self._view = memoryview(self._bytes.data)  # several times faster than numpy for a single byte
@@ -67,6 +69,7 @@ class PagesBitmap:
         Clear words are not written, so that a bitmap read piece by piece from a hole stays without memory.
         Raises ValueError if a bit past the last page is set.
         """
+        self.changes += 1
         first = byte_offset // 8
         words = np.frombuffer(data, dtype="<u8" if byteorder == "little" else ">u8")
         target = self._words[first : first + words.size]
@@ -84,6 +87,7 @@ class PagesBitmap:
         self._check(start, stop)
         if start == stop:
             return
+        self.changes += 1
         first, head, last, tail = _bytes_of(start, stop)
         if first == last:
             self._view[first] |= head & tail
@@ -97,6 +101,7 @@ class PagesBitmap:
         self._check(start, stop)
         if start == stop:
             return
+        self.changes += 1
         first, head, last, tail = _bytes_of(start, stop)
         if first == last:
             self._view[first] &= ~(head & tail) & 0xFF
@@ -111,6 +116,7 @@ class PagesBitmap:
         Touches no byte outside the range when ``start`` and the mask's length are multiples of 8.
         """
         self._check(start, start + mask.size)
+        self.changes += 1
         aligned = start & ~7
         if aligned != start:
             mask = np.concatenate([np.zeros(start - aligned, dtype=np.bool_), mask])
@@ -119,6 +125,7 @@ class PagesBitmap:
 
     def clear_all(self) -> None:
         """Clear every bit."""
+        self.changes += 1
         self._words[:] = 0
 
     def test(self, page: int) -> bool:

@@ -192,6 +192,7 @@ class Run:
             page for page, state in enumerate(states) if state == PageState.WRITTEN.value
         } == self.model.written[block.idstr]
         assert {state: states.count(state.value) for state in PageState} == block.page_counts()
+        assert block.stored_pages() == block.stack.with_data().count()
         if self.guest.restored:
             assert PageState.IN_CHECKPOINT.value not in states
         for page, state in enumerate(states):
