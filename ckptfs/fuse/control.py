@@ -174,7 +174,7 @@ class Control:
         if base is None:
             raise StateError("there is no checkpoint beside which anything could be kept", errno.EINVAL)
         pages = {idstr: block.received.copy() for idstr, block in self._guest.blocks.items() if block.stack.base}
-        length = await trio.to_thread.run_sync(base.record, pages, identity)
+        length = await Lane().ask(partial(base.record, pages, identity), deadline=base.deadline)
         return f"ok {length >> 20} MiB are read first with prefetch=recorded: {base.path}{SUFFIX}"
 
     def start_warming(self) -> None:
@@ -184,7 +184,7 @@ class Control:
     async def _warm_recorded(self) -> str:
         base, warmed = self._guest.base, 0
         assert base is not None
-        for idstr, run in await trio.to_thread.run_sync(base.read_working_set):
+        for idstr, run in await Lane().ask(base.read_working_set, deadline=base.deadline):
             start, stop = (page * self._guest.page_size for page in run)
             channel_count = self._guest.settings.parameters.multifd_channels
             warmed += await self._page_cache.warm([idstr], start, stop - start, channel_count)
