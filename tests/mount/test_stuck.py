@@ -32,6 +32,18 @@ while True:
 """
 
 
+# A page that is always dirty, behind the one whose lock is never free: if that is freed, there is more to write.
+MAPPER = f"""
+import mmap, os, sys
+memory = mmap.mmap(os.open(sys.argv[1], os.O_RDWR), 0)
+memory.madvise(mmap.MADV_RANDOM)
+memory[{PLACE} + (1 << 19)] = 1
+print("goes on", flush=True)
+while True:
+    memory[{PLACE} + (1 << 19)] = 1
+"""
+
+
 @contextmanager
 def program(code: str, mounted: Mounted) -> Iterator[subprocess.Popen[str]]:
     command = [sys.executable, "-c", code, str(mounted.ram / "pc.ram")]
@@ -93,7 +105,7 @@ def test_a_signal_during_such_a_save_ends_the_mount(
     number: signal.Signals, stuck: Callable[[float], Mounted]
 ) -> None:
     mounted = stuck(600)
-    with program(READER, mounted) as reader, program(WRITER, mounted) as writer:
+    with program(READER, mounted) as reader, program(WRITER, mounted) as writer, program(MAPPER, mounted):
         begin_a_save(mounted)
         mounted.expect_log("the kernel does not return from the mount")
         mounted.signal(number)
