@@ -335,6 +335,14 @@ async def test_the_pages_that_a_write_fills_do_not_wait_for_its_edge(
     assert bytes(await guest.read(block, 4 * PAGE, PAGE + 1)) == b"w" * (PAGE + 1)
 
 
+async def test_nothing_waits_for_the_kernel_to_write_back_what_stop_holds(guest: Guest) -> None:
+    await guest.hold_writers()
+    with pytest.raises(StateError, match=r"are held \(stop\)"):
+        await guest.flush(["pc.ram"])
+    guest.let_writers_go()
+    await guest.flush(["pc.ram"])
+
+
 @pytest.mark.parametrize("attempt", range(8))  # trio wakes tasks in random order
 async def test_writes_that_were_held_go_on_in_their_order(guest: Guest, attempt: int) -> None:
     block = guest.blocks["pc.ram"]

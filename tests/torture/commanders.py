@@ -40,7 +40,9 @@ async def _torture(this: Round) -> None:
     options = ["ram=pc.ram:16M"] if way == "mounted" else [f"capture={way}"]
     target = this.directory / "vm"
     sockets = Qemu(guest, *_backend(way, this.directory), machine="pc,memory-backend=pc.ram", memory="16M")
-    mounted = Mounted(target, this.directory / "mnt", this.directory / "log", *options, f"qmp={sockets.qmp_path}")
+    mounted = Mounted(
+        target, this.directory / "mnt", this.directory / "log", *options, f"qmp={sockets.qmp_path}", deadline=600
+    )
     try:
         async with sockets as vm:
             await vm.wait_serial("[.]")
