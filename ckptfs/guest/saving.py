@@ -267,14 +267,31 @@ async def _capture(guest: Guest, machine: Machine) -> tuple[Epoch, Image] | None
                 errno.EINVAL,
             )
         trailer = await _trailer_of_machine(guest, monitor)
-        flush = partial(guest.flush, list(found))
-        captured = await capture(monitor, flush, partial(guest.freeze, found))
+        captured = await capture(monitor, _MachineRAM(guest, list(found)))
     epoch, image = await trio.to_thread.run_sync(compose, captured, list(guest.blocks))
     guest.migrations.newest.downtime = captured.downtime
     if absent := left_out(epoch, guest.blocks):
         guest.migrations.newest.remark = f"{', '.join(absent)} is no RAM of this QEMU now, and left out"
     guest.machines.note_run()
     return epoch, replace(image, trailer=trailer)
+
+
+class _MachineRAM:
+    """The blocks that a machine has as its memory, as `capture` wants them."""
+
+    def __init__(self, guest: Guest, idstrs: list[str]) -> None:
+        self._guest = guest
+        self._idstrs = idstrs
+
+    async def flush(self) -> None:
+        await self._guest.flush(self._idstrs)
+
+    def freeze(self) -> Epoch:
+        return self._guest.freeze(self._idstrs)
+
+    def was_written(self) -> bool:
+        blocks = (self._guest.blocks[idstr] for idstr in self._idstrs)
+        return any(block.stack.written[0].present.any(0, block.page_count) for block in blocks)
 
 
 def _refuse_mixed_moments(guest: Guest, request: SaveRequest) -> None:

@@ -50,6 +50,7 @@ class Case:
         self.server = server
         self.path = path
         self.events: list[str] = []
+        self.written = False
         self.deadline = 20.0
         qemu.capabilities["multifd"] = qemu.capabilities["mapped-ram"] = True
         qemu.parameters |= {"max-bandwidth": 12345, "tls-creds": "tls0", "mode": "cpr-reboot"}
@@ -66,7 +67,7 @@ class Case:
         self, flush: Callable[[], Awaitable[None]] | None = None, freeze: Callable[[], str] | None = None
     ) -> Capture[str]:
         async with connected(str(self.path), Identity.of_daemon(), self.deadline) as monitor:
-            return await capture(monitor, flush or self.flush, freeze or self.freeze)
+            return await capture(monitor, _RAM(self, flush or self.flush, freeze or self.freeze))
 
     def assert_as_before(self, run_state: str = "running") -> None:
         assert not self.qemu.descriptors
@@ -77,6 +78,24 @@ class Case:
         self.server.faults.clear()
         self.qemu.broken_off = False
         assert (await self.capture()).stream == self.qemu.stream
+
+
+class _RAM:
+    """What `capture` is told of RAM."""
+
+    def __init__(self, case: Case, flush: Callable[[], Awaitable[None]], freeze: Callable[[], str]) -> None:
+        self._case = case
+        self._flush = flush
+        self._freeze = freeze
+
+    async def flush(self) -> None:
+        await self._flush()
+
+    def freeze(self) -> str:
+        return self._freeze()
+
+    def was_written(self) -> bool:
+        return self._case.written
 
 
 @asynccontextmanager
@@ -99,7 +118,7 @@ async def test_a_running_guest(case: Case) -> None:
     captured = await case.capture()
     assert (captured.epoch, captured.stream, captured.run_state) == ("epoch", b"device state", "running")
     assert captured.downtime > 0
-    assert case.events == ["flush running", "flush finish-migrate", "freeze finish-migrate"]
+    assert case.events == ["flush running", "flush finish-migrate", "freeze finish-migrate", "flush postmigrate"]
     case.assert_as_before()
     commands = case.server.commands
     assert commands.index("getfd") < commands.index("stop") < commands.index("migrate") < commands.index("cont")
@@ -117,7 +136,7 @@ async def test_a_guest_that_does_not_run(tmp_path: Path, run_state: str) -> None
     async with case_of(tmp_path, run_state=run_state) as case:
         captured = await case.capture()
         assert (captured.run_state, captured.downtime) == (run_state, 0)
-        assert case.events == ["flush finish-migrate", "freeze finish-migrate"]
+        assert case.events == ["flush finish-migrate", "freeze finish-migrate", "flush postmigrate"]
         assert not {"stop", "cont"} & set(case.server.commands)
         case.assert_as_before("postmigrate")
 
@@ -187,6 +206,15 @@ async def test_a_disk_that_qemu_cannot_open_again(case: Case) -> None:
         QemuError, match=r"Bad address \(QEMU can't open a disk again, .* absolute paths, -daemonize"
     ):
         await case.capture()
+
+
+async def test_ram_that_is_written_while_the_device_state_is_taken(case: Case) -> None:
+    case.written = True
+    with pytest.raises(StateError, match="RAM was written while its device state was taken"):
+        await case.capture()
+    case.assert_as_before()
+    case.written = False
+    await case.assert_next_works()
 
 
 async def test_cont_refused(case: Case) -> None:

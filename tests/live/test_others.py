@@ -271,6 +271,33 @@ async def test_somebody_says_anything_at_any_moment(both: Both, stepper: Stepper
     assert saved
 
 
+async def test_somebody_writes_ram(both: Both, stepper: Stepper) -> None:
+    """As a device does that gets something from outside, though the guest stands still."""
+    for at, refused in (("migrate", False), ("migrate-continue", True), ("cont", False)):
+
+        async def write(_: str) -> None:
+            await trio.to_thread.run_sync(patch, both.mounted.ram / "pc.ram")
+
+        both.relay.faults = {at: write}
+        failed = None
+        try:
+            await trio.to_thread.run_sync(both.mounted.ctl, f"save {both.target}")
+        except OSError as error:
+            failed = error
+        assert ("RAM was written while its device state was taken" in str(failed)) == refused, (at, failed)
+        assert failed is None or failed.errno == errno.EBUSY
+        both.relay.faults = {}
+        await both.runs_on()
+    await both.is_right(stepper)
+
+
+def patch(ram: Path) -> None:
+    """Write a page that the guest does not use."""
+    with ram.open("r+b", buffering=0) as file:
+        file.seek(12 << 20)
+        file.write(b"x" * 4096)
+
+
 async def test_somebody_quits(mount: Mount, stepper: Stepper, tmp_path: Path) -> None:
     async with commanded(mount, stepper, tmp_path) as both:
         both.mounted.expect_log("settings could not be put back")

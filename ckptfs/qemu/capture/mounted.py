@@ -11,7 +11,7 @@ and a reset, shows in QEMU's events. Pages are written afterwards, in the backgr
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import trio
 
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ckptfs.qemu.monitor import Monitor
 
 E = TypeVar("E")
+E_co = TypeVar("E_co", covariant=True)
 
 DEVICE_STATE_LIMIT = 1 << 30
 
@@ -64,7 +65,21 @@ class Capture(Generic[E]):
     downtime: float
 
 
-async def capture(monitor: "Monitor", flush: Callable[[], Awaitable[None]], freeze: Callable[[], E]) -> Capture[E]:
+class RAM(Protocol[E_co]):
+    """The machine's RAM on the mount."""
+
+    async def flush(self) -> None:
+        """Bring in what was written and the kernel still holds."""
+
+    def freeze(self) -> E_co:
+        """Begin an epoch."""
+
+    def was_written(self) -> bool:
+        """Whether anything has come in since the epoch began."""
+        ...
+
+
+async def capture(monitor: "Monitor", ram: RAM[E]) -> Capture[E]:
     """Stop the guest, take its device state and the epoch, and let it go on.
 
     Afterwards, also after any error, a guest that ran runs, unless somebody else has stopped it; one that was
@@ -74,9 +89,9 @@ async def capture(monitor: "Monitor", flush: Callable[[], Awaitable[None]], free
     runs = await savable_run_state(monitor) == "running"
     async with pipe_from_qemu(monitor) as incoming:
         if runs:
-            await _flush_until_it_settles(flush)
+            await _flush_until_it_settles(ram.flush)
         async with migration_settings(monitor, CAPABILITIES, PARAMETERS), paused(monitor) as pause:
-            stream, epoch = await _take(monitor, incoming, pause, flush, freeze)
+            stream, epoch = await _take(monitor, incoming, pause, ram)
     return Capture(epoch, stream, pause.wanted, pause.downtime)
 
 
@@ -92,13 +107,7 @@ async def _flush_until_it_settles(flush: Callable[[], Awaitable[None]]) -> None:
         last = took
 
 
-async def _take(
-    monitor: "Monitor",
-    incoming: Incoming,
-    pause: Pause,
-    flush: Callable[[], Awaitable[None]],
-    freeze: Callable[[], E],
-) -> tuple[bytes, E]:
+async def _take(monitor: "Monitor", incoming: Incoming, pause: Pause, ram: RAM[E]) -> tuple[bytes, E]:
     """Take RAM, and then the device state, of a guest that stands still."""
     since = len(monitor.events)
     stream = bytearray()
@@ -109,8 +118,8 @@ async def _take(
             await check_completed(monitor)
             raise StateError("QEMU's migration ended before it came to the device state")
         resumed = pause.resumed
-        await flush()
-        epoch = freeze()
+        await ram.flush()
+        epoch = ram.freeze()
         refuse_if_disturbed(monitor.events[still:])  # QEMU 10.0 aborts if it goes on with a guest that runs
         await switch_over(monitor)
         while not incoming.ended:
@@ -119,6 +128,13 @@ async def _take(
     over = came_to(monitor, still, "completed")
     pause.note_completed(over, await _run_state_of(bytes(stream)) if resumed else pause.wanted)
     refuse_if_disturbed(monitor.events[still:over])
+    if not pause.resumed:
+        await ram.flush()
+        if ram.was_written():
+            raise StateError(
+                "RAM was written while its device state was taken, by a device of QEMU (data for a serial port?) "
+                "or by a program: save again"
+            )
     return bytes(stream), epoch
 
 
