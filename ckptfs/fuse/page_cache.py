@@ -69,25 +69,15 @@ class KernelPageCache:
         """The files that the blocks are seen as."""
         return self._ram.files(idstrs)
 
-    @asynccontextmanager
-    async def read(self, request: FileRange, *, for_cache: bool) -> AsyncIterator[None]:
+    def read(self, request: FileRange, *, for_cache: bool) -> "_Read":
         """Within this a READ may be carried out, which is the page cache's own or may be one for O_DIRECT."""
-        held = None if self._settling is None else self._settling.read_comes(request, for_cache=for_cache)
-        if held is not None:
-            await held.wait()
-        with self._under_way.one(request, writing=False):
-            yield
+        return _Read(self._settling, self._under_way, request, for_cache=for_cache)
 
-    @asynccontextmanager
-    async def written(self, request: FileRange) -> AsyncIterator[None]:
+    def written(self, request: FileRange) -> "_Write":
         """Within this a WRITE is carried out; left when it may be answered."""
         for scope in self._watched:
             scope.deadline = trio.current_time() + KERNEL_DEADLINE
-        held = None if self._settling is None else self._settling.write_comes(request)
-        with self._under_way.one(request, writing=True):
-            yield
-        if held is not None:
-            await held.wait()
+        return _Write(self._settling, self._under_way, request)
 
     async def flush(self, idstrs: list[str]) -> None:
         """Have every page that was dirtied through mmap written to the daemon (fsync, in a worker thread)."""
@@ -183,3 +173,39 @@ class KernelPageCache:
                 os.fsync(fd)
             finally:
                 os.close(fd)
+
+
+class _Read:
+    """A READ (a class, as `asynccontextmanager` costs several times as much for every request)."""
+
+    def __init__(
+        self, settling: Settling | None, under_way: UnderWay, request: FileRange, *, for_cache: bool
+    ) -> None:
+        self._held = None if settling is None else settling.read_comes(request, for_cache=for_cache)
+        self._under_way = under_way
+        self._request = request
+
+    async def __aenter__(self) -> None:
+        if self._held is not None:
+            await self._held.wait()
+        self._under_way.begins(self, self._request, writing=False)
+
+    async def __aexit__(self, *error: object) -> None:
+        self._under_way.ends(self, writing=False)
+
+
+class _Write:
+    """A WRITE; one that has failed is answered at once."""
+
+    def __init__(self, settling: Settling | None, under_way: UnderWay, request: FileRange) -> None:
+        self._held = None if settling is None else settling.write_comes(request)
+        self._under_way = under_way
+        self._request = request
+
+    async def __aenter__(self) -> None:
+        self._under_way.begins(self, self._request, writing=True)
+
+    async def __aexit__(self, error: object, *_: object) -> None:
+        self._under_way.ends(self, writing=True)
+        if self._held is not None and error is None:
+            await self._held.wait()

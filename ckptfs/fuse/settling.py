@@ -30,8 +30,7 @@ and whoever touches a page waits.
 
 import itertools
 import mmap
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -120,18 +119,16 @@ class UnderWay:
         self._writes: dict[object, FileRange] = {}
         self._no_write = trio.Event()
 
-    @contextmanager
-    def one(self, request: FileRange, *, writing: bool) -> Iterator[None]:
-        """Within this one more is."""
-        requests, key = self._writes if writing else self._reads, object()
-        requests[key] = request
-        try:
-            yield
-        finally:
-            del requests[key]
-            if not self._writes:
-                self._no_write.set()
-                self._no_write = trio.Event()
+    def begins(self, key: object, request: FileRange, *, writing: bool) -> None:
+        """One more is, known by its ``key``."""
+        (self._writes if writing else self._reads)[key] = request
+
+    def ends(self, key: object, *, writing: bool) -> None:
+        """It was carried out."""
+        del (self._writes if writing else self._reads)[key]
+        if writing and not self._writes:
+            self._no_write.set()
+            self._no_write = trio.Event()
 
     def any_in(self, pages: FileRange) -> bool:
         """Whether one is that concerns ``pages``."""

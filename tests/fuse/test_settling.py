@@ -355,7 +355,8 @@ def test_a_write_that_waits_for_the_storage_is_waited_for_until_the_deadline() -
             await trio.sleep(0.001)
 
         under_way = UnderWay()
-        with under_way.one(PAGE, writing=True), pytest.raises(StateError, match="has waited 20 s for the storage"):
+        under_way.begins("somebody", PAGE, writing=True)
+        with pytest.raises(StateError, match="has waited 20 s for the storage"):
             await Settling([PAGE], evict, under_way).settle()
 
     run(0, main)
