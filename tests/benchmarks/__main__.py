@@ -22,6 +22,7 @@ BENCHMARKS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "mount": storage.mount,
     "live": machines.live,
     "running": machines.running,
+    "run": machines.mapped,
     "busy": captures.busy,
     "memory": daemon.memory,
     "writers": daemon.writers,

@@ -11,6 +11,7 @@ import trio
 
 from tests.benchmarks.rows import GiB, MiB, Row, Samples
 from tests.benchmarks.setting import Mount, Setting, drop_caches, fill, make_cold, settle
+from tests.mount.harness import BIN
 from tests.qemu.guest import Guest, build_guest
 from tests.qemu.machine import Qemu
 from tests.qemu.qmp import Qmp
@@ -166,6 +167,48 @@ async def _start_lazily(setting: Setting, guest: Guest, memory: int, starts: _St
             await vm.tick()
             starts.tick.append(time.perf_counter() - started)
             starts.read_tick.append(_mebibytes_read(mount))
+
+
+def mapped(setting: Setting) -> Iterator[Row]:
+    """`ckptfs run` of a cold checkpoint until its guest ticks, against a mount and QEMU, and stock QEMU's load."""
+    for memory in setting.guest_sizes:
+        yield from trio.run(_mapped, setting, memory)
+
+
+async def _mapped(setting: Setting, memory: int) -> list[Row]:
+    guest = build_guest(setting.directory)
+    async with _guest_on_mount(setting, guest, memory) as (mount, *_):
+        mount.ctl("save")
+    size = _name(memory)
+    rows = []
+    for what, make_cold_for in _COLDNESS.items():
+        run, mounted, stock = _Starts(), _Starts(), _Starts()
+        for _ in range(setting.rounds):
+            make_cold_for(setting)
+            await _start_run(setting, guest, memory, run)
+            make_cold_for(setting)
+            await _start_lazily(setting, guest, memory, mounted)
+            make_cold_for(setting)
+            await _start_stock(setting, guest, memory, stock)
+        rows += [
+            Row(
+                f"{what}: ckptfs run until its first tick, {size}",
+                "s",
+                run.tick,
+                mounted.tick,
+                "mount.ckptfs + QEMU",
+            ),
+            Row(f"{what}: ckptfs run until its first tick, {size}", "s", run.tick, stock.tick, STOCK_LOAD),
+        ]
+    return rows
+
+
+async def _start_run(setting: Setting, guest: Guest, memory: int, starts: _Starts) -> None:
+    started = time.perf_counter()
+    program = (BIN / "ckptfs", "run", setting.checkpoint)
+    async with Qemu(guest, memory=_mebibytes(memory), program=program) as vm:
+        await vm.tick()
+        starts.tick.append(time.perf_counter() - started)
 
 
 async def _start_stock(setting: Setting, guest: Guest, memory: int, starts: _Starts) -> None:
