@@ -31,15 +31,20 @@ def test_the_demo(run: Run) -> None:
     printed = run([EXAMPLES / "demo"])
     steps = re.split(r"^\d\. ", printed, flags=re.MULTILINE)
     counts = [[int(count) for count in re.findall(r"^    count (\d+)", step, re.MULTILINE)] for step in steps]
-    before = int(re.findall(r"It had counted to (\d+)", printed)[0])
+    before, running = map(int, re.findall(r"It had counted to (\d+)", printed))
     died = int(re.findall(r"The guest dies at (\d+)", printed)[0])
-    pause = float(re.findall(r"guest paused ([\d.]+) ms", printed)[0])
+    pauses = list(map(float, re.findall(r"guest paused ([\d.]+) ms", printed)))
     read, there = map(int, re.findall(r"(\d+) of (\d+) MiB were read", printed)[0])
     assert "The secret of this guest: swordfish" in steps[1]
-    assert 0 < pause < 1000
+    assert len(pauses) == 2
+    assert all(0 < pause < 1000 for pause in pauses)
+    assert "captured by snapshot" in steps[5].replace("\n    ", "")
     assert before < counts[4][0] < died
     assert counts[4] == list(range(counts[4][0], counts[4][0] + 3))
     assert 0 < read < there
-    assert counts[5] == list(range(counts[4][0], counts[4][0] + 4))
-    assert re.findall(r"\tcount (\d+)$", steps[5], re.MULTILINE) == [str(count) for count in counts[5]]
+    assert running < counts[6][0]
+    assert counts[6] == list(range(counts[6][0], counts[6][0] + 4))
+    assert "    3 clones run: " in steps[6]
+    others = re.findall(r"\tcount (\d+)$", steps[6], re.MULTILINE)
+    assert others == [str(count) for count in counts[6] for _ in range(2)]
     assert "The checkpoint is as it was, byte for byte" in printed
