@@ -5,7 +5,6 @@ import contextlib
 import errno
 import grp
 import logging
-import logging.handlers
 import os
 import pwd
 import stat
@@ -19,6 +18,7 @@ from ckptfs.channels.descriptors import Descriptors
 from ckptfs.channels.identity import Identity
 from ckptfs.errors import CkptfsError, CommandError, StateError
 from ckptfs.fuse.daemon import Starter, harden, run_in_background
+from ckptfs.fuse.logs import Log
 from ckptfs.fuse.mount import Mount
 from ckptfs.fuse.outcome import describe
 from ckptfs.guest.guest import Guest
@@ -101,7 +101,7 @@ def _serve(
     """Open the guest and serve it until umount."""
     try:
         is_io_flusher = harden()
-        _start_logging(options)
+        journal = Log(options)
         if not is_io_flusher:
             log.info("no I/O flusher without CAP_SYS_RESOURCE: no memory cgroup should hold this daemon and a VM")
         guest = open_guest(spec, options)
@@ -111,7 +111,7 @@ def _serve(
         return 0
 
     async def run() -> None:
-        await Mount(guest, directory, source, options, spec, owner).serve(starter)
+        await Mount(guest, directory, source, options, spec, owner, journal).serve(starter)
 
     try:
         trio.run(run)
@@ -272,33 +272,6 @@ def _enter_namespace(path: str) -> None:
             os.close(fd)
         return
     raise CommandError("-N needs Python 3.12 or later")
-
-
-class _Formatter(logging.Formatter):
-    """Writes one line a message, whatever is quoted in it; a traceback comes after it as it is."""
-
-    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the name is logging's
-        return super().formatMessage(record).replace("\n", "\\n")
-
-
-def _start_logging(options: MountOptions) -> None:
-    """Log to the terminal in the foreground, else to syslog, or to where log= says."""
-    handler: logging.Handler
-    form = "%(asctime)s mount.ckptfs[%(process)d]: %(levelname)s: %(message)s"
-    if options.log not in (None, "syslog"):
-        handler = logging.FileHandler(str(options.log))
-    elif options.foreground and options.log is None:
-        handler = logging.StreamHandler()
-    elif os.path.exists("/dev/log"):
-        handler = logging.handlers.SysLogHandler("/dev/log", logging.handlers.SysLogHandler.LOG_DAEMON)
-        form = "mount.ckptfs[%(process)d]: %(levelname)s: %(message)s"
-    else:
-        handler = logging.NullHandler()
-    handler.setFormatter(_Formatter(form))
-    root = logging.getLogger()
-    root.addHandler(handler)
-    root.setLevel(logging.WARNING)
-    logging.getLogger("ckptfs").setLevel(logging.DEBUG if options.debug else logging.INFO)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import os
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -21,9 +22,10 @@ from ckptfs.channels.version import NOTHING, KnownFile
 from ckptfs.channels.working_set import SUFFIX
 from ckptfs.errors import CkptfsError, CommandError, StateError
 from ckptfs.fuse.events import Changes
+from ckptfs.fuse.logs import Log
 from ckptfs.fuse.outcome import Outcome, describe, errno_of
 from ckptfs.fuse.page_cache import KernelPageCache
-from ckptfs.fuse.ram_files import RAMFiles
+from ckptfs.fuse.ram_files import Opener, RAMFiles
 from ckptfs.fuse.report import Origin, describe_mount, query_migrate
 from ckptfs.fuse.sharing import Sharing
 from ckptfs.fuse.view_files import ViewFiles
@@ -37,7 +39,7 @@ from ckptfs.migration.capabilities import CAPABILITIES, format_state, parse_stat
 from ckptfs.migration.parameters import ParameterValue, find_parameter
 from ckptfs.namespace import ctl
 from ckptfs.namespace.names import decode_name
-from ckptfs.namespace.status import Status, printable
+from ckptfs.namespace.status import LastSave, Status, printable
 
 log = logging.getLogger(__name__)
 
@@ -58,9 +60,12 @@ class Control:
         changes: Changes,
         sharing: Sharing,
         views: ViewFiles | None,
+        journal: Log,
         start_soon: Callable[[Callable[[], Awaitable[None]]], None],
     ) -> None:
         self._guest = guest
+        self._log = journal
+        self._last_save: LastSave | None = None
         self._spec = spec
         self._known = KnownFile(NOTHING if guest.base is None else guest.base.version)  # under the name in spec
         self._origin = origin
@@ -74,9 +79,14 @@ class Control:
         self.last = Outcome(b"")
         self.last_command: str | None = None
 
-    async def execute(self, text: bytes, identity: Identity) -> Outcome:
-        """Run the command in ``text`` for ``identity``; raises nothing but trio.Cancelled."""
-        outcome = await self._outcome(text, identity)
+    async def execute(self, text: bytes, opener: Opener, identity: Identity) -> Outcome:
+        """Run the command in ``text`` for ``opener``, who is ``identity``; raises nothing but trio.Cancelled."""
+        try:
+            outcome = await self._outcome(text, identity)
+        except trio.Cancelled:
+            _log_command(text, opener, "the mount ended before it did")
+            raise
+        _log_command(text, opener, outcome.line.decode(errors="replace"))
         self.last = outcome
         self._changes.note()
         self.last_command = text[:200].decode(errors="replace").strip()
@@ -90,7 +100,6 @@ class Control:
                 answer = printable(answer)  # one line, whatever the name of a file
             return Outcome(answer.encode() + b"\n")
         except (CkptfsError, OSError) as error:
-            log.info("ctl: %r: %s", text[:200], describe(error))
             return Outcome(f"error: {describe(error)}\n".encode(), errno_of(error))
         except Exception:
             log.exception("ctl: %r", text[:200])
@@ -110,6 +119,7 @@ class Control:
 
     async def _saved(self, request: SaveRequest) -> str:
         answer = await save(self._guest, request)
+        self._last_save = LastSave(datetime.now(UTC), describe_address(request.address))
         problem = await self._sharing.look()
         return answer if problem is None else f"{answer}; but {problem}"
 
@@ -279,22 +289,24 @@ class Control:
 
     # ---- settings: the files in parameters/ and capabilities/ --------------------------------------
 
-    def set_parameter(self, name: str, data: bytes) -> None:
+    def set_parameter(self, name: str, data: bytes, opener: Opener) -> None:
         """Set a parameter from what was written to its file: bytes, not MiB."""
-        with self._words_kept():
+        with self._words_kept(f"parameters/{name}", data, opener):
             self._change_parameter(name, find_parameter(name).parse(_one_line(data)))
 
-    def set_capability(self, name: str, data: bytes) -> None:
+    def set_capability(self, name: str, data: bytes, opener: Opener) -> None:
         """Switch a capability from what was written to its file."""
-        with self._words_kept():
+        with self._words_kept(f"capabilities/{name}", data, opener):
             self._change_capability(name, parse_state(_one_line(data)))
 
     @contextmanager
-    def _words_kept(self) -> Iterator[None]:
+    def _words_kept(self, file: str, data: bytes, opener: Opener) -> Iterator[None]:
         """A file of a setting has only an errno to tell: the words behind it are read from ctl."""
         try:
             yield
+            _log_command(data, opener, "ok", file)
         except CkptfsError as error:
+            _log_command(data, opener, f"error: {error}", file)
             self.last = Outcome(f"error: {error}\n".encode(errors="surrogateescape"), errno_of(error))
             raise
 
@@ -320,9 +332,17 @@ class Control:
         """A snapshot of the mount."""
         outcome = self.last.line.decode(errors="replace").strip() or None
         status = describe_mount(self._guest, self._origin, self.last_command, outcome, self._sharing.problem)
+        status = replace(status, last_save=self._last_save, log=self._log.state)
         if self._views is None:
             return status
         return replace(status, views=tuple(self._views.names), missing_views=self._views.missing)
+
+
+def _log_command(text: bytes, opener: Opener, outcome: str, file: str = "ctl") -> None:
+    """Keep who wrote what, and what came of it: the first line, as an answer may have many."""
+    command = printable(text[:200].decode(errors="replace").strip())
+    first, _, more = outcome.strip().partition("\n")
+    log.info("%s: %s (uid %d, pid %d): %s", file, command, opener.uid, opener.pid, first + (" ..." if more else ""))
 
 
 def _remark(no_effect: str) -> str:

@@ -39,6 +39,10 @@ class Starter:
         os.close(self._pipe)
         self._pipe = None
 
+    def remark(self, message: str) -> None:
+        """Tell the caller something in one line, though the mount is there."""
+        print(f"mount.ckptfs: {message}", file=sys.stderr, flush=True)
+
     def failed(self, exit_code: int, message: str) -> NoReturn:
         """Tell the caller why there is no mount, in one line, and end."""
         print(f"mount.ckptfs: {message}", file=sys.stderr, flush=True)

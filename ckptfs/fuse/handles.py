@@ -202,14 +202,14 @@ class ControlHandle(Handle):
             self._running = True
             self._control.start_soon(partial(self._go_on, data))
             return len(data)
-        outcome = await self._control.execute(data, self._identity)
+        outcome = await self._control.execute(data, self.opener, self._identity)
         self._answer = outcome.line
         if outcome.errno:
             raise FUSEError(outcome.errno)
         return len(data)
 
     async def _go_on(self, data: bytes) -> None:
-        outcome = await self._control.execute(data, self._identity)
+        outcome = await self._control.execute(data, self.opener, self._identity)
         self._answer = outcome.line
         self._running = False
         self._waiters.wake()

@@ -12,6 +12,7 @@ from ckptfs.fuse import connection
 from ckptfs.fuse.control import Control
 from ckptfs.fuse.daemon import Starter, end_by_force_after
 from ckptfs.fuse.events import Changes, EventLog
+from ckptfs.fuse.logs import Log
 from ckptfs.fuse.nodes import Nodes
 from ckptfs.fuse.opening import Opening
 from ckptfs.fuse.operations import Operations
@@ -24,8 +25,10 @@ from ckptfs.fuse.tuning import tune_backing_device
 from ckptfs.fuse.view_files import ViewFiles
 from ckptfs.guest.guest import Guest
 from ckptfs.migration.address import SeekableAddress
+from ckptfs.migration.size import MiB
 from ckptfs.migration.status import MigrationStatus
 from ckptfs.namespace.options import MountOptions
+from ckptfs.namespace.status import counted
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +55,14 @@ class Mount:
         options: MountOptions,
         spec: SeekableAddress | None,
         owner: tuple[int, int],
+        journal: Log,
     ) -> None:
         """``owner`` is uid and gid of all files."""
         self._guest = guest
         self._mountpoint = mountpoint
         self._source = source
         self._options = options
+        self._log = journal
         self._changes = Changes()
         self._events = EventLog()
         self._nursery: trio.Nursery
@@ -68,7 +73,16 @@ class Mount:
         origin = Origin(source, trio.current_time(), options.backends)
         sharing = Sharing(self._ram_files, self._changes, self._start_soon)
         self._control = Control(
-            guest, spec, origin, self._ram_files, page_cache, self._changes, sharing, self._views, self._start_soon
+            guest,
+            spec,
+            origin,
+            self._ram_files,
+            page_cache,
+            self._changes,
+            sharing,
+            self._views,
+            journal,
+            self._start_soon,
         )
         opening = Opening(
             guest,
@@ -98,15 +112,15 @@ class Mount:
             open_session(self._operations, self._mountpoint, self._source, allow_other=allow_other)
             async with trio.open_nursery() as nursery:
                 self._nursery = nursery
-                nursery.start_soon(self._end_on_signal, signals, nursery)
+                nursery.start_soon(self._heed_signals, signals, nursery)
                 nursery.start_soon(self._set_up, starter)
                 with trio.CancelScope() as handlers:
                     nursery.start_soon(self._end_handlers, handlers)
                     await pyfuse3.main(MIN_TASKS, MAX_TASKS)
-                log.info("%s: unmounted", self._mountpoint)
                 await self._end_of_save()
                 nursery.cancel_scope.cancel()
             pyfuse3.close(unmount=True)
+            self._tell_what_is_lost()
         # files are closed by the end of the process: a thread in close(2) can't be killed where a storage is silent
 
     async def _set_up(self, starter: Starter) -> None:
@@ -120,6 +134,8 @@ class Mount:
             self._start_soon(self._views.refresh)  # so that status tells at once what can't be made
         if self._guest.base is not None and self._options.prefetch != "off":
             (self._control.start_restore if self._options.prefetch == "on" else self._control.start_warming)()
+        if missing := self._log.missing:
+            starter.remark(missing)
         starter.mounted()
         log.info("%s: mounted on %s", self._source, self._mountpoint)
 
@@ -134,13 +150,28 @@ class Mount:
         await self._end_of_save()
         handlers.cancel()
 
-    async def _end_on_signal(self, signals: AsyncIterator[int], nursery: trio.Nursery) -> None:
+    async def _heed_signals(self, signals: AsyncIterator[int], nursery: trio.Nursery) -> None:
         async for number in signals:
+            if number == signal.SIGHUP:
+                self._start_soon(self._reopen_log)
+                continue
             log.info("%s: ending on %s", self._mountpoint, signal.Signals(number).name)
             end_by_force_after(ENDING_DEADLINE, self._mountpoint, self._abort)
             await self._leave_the_kernel()
             pyfuse3.terminate()
             nursery.cancel_scope.cancel()
+
+    async def _reopen_log(self) -> None:
+        await trio.to_thread.run_sync(self._log.reopen, self._ram_files.device, abandon_on_cancel=True)
+
+    def _tell_what_is_lost(self) -> None:
+        page_count = self._guest.written_page_count
+        if page_count:
+            size = page_count * self._guest.page_size / MiB
+            pages = counted(page_count, "written page")
+            log.warning("%s: unmounted, %s (%.4g MiB) were not saved", self._mountpoint, pages, size)
+        else:
+            log.info("%s: unmounted", self._mountpoint)
 
     async def _leave_the_kernel(self) -> None:
         """See that no thread is left in a system call on this mount: it would keep the process from ending.

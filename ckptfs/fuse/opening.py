@@ -107,10 +107,12 @@ class Opening:
                 return EventsHandle(inode, opener, self._events)
             case NodeKind.PARAMETER:
                 text = control.parameter_text(subject)
-                return SettingHandle(inode, opener, text, lambda data: control.set_parameter(subject, data))
+                return SettingHandle(inode, opener, text, lambda data: control.set_parameter(subject, data, opener))
             case NodeKind.CAPABILITY:
                 text = control.capability_text(subject)
-                return SettingHandle(inode, opener, text, lambda data: control.set_capability(subject, data))
+                return SettingHandle(
+                    inode, opener, text, lambda data: control.set_capability(subject, data, opener)
+                )
             case NodeKind.VIEW if self._views is not None:
                 await self._guest.flush(list(self._guest.blocks))  # what a machine has written may be there yet
                 refuse_written(self._guest)

@@ -505,7 +505,7 @@ class Guest:
         The caller sees to it that nobody writes meanwhile.
         """
         self.migrations.refuse_running()
-        page_count = sum(block.written.count() for block in self.blocks.values())
+        page_count = self.written_page_count
         layers: list[Layer] = []
         with contextlib.ExitStack() as undo:  # all blocks, or none
             for block in self.blocks.values():
@@ -521,6 +521,11 @@ class Guest:
         finally:
             await close_layers(dropped)
         return f"{counted(page_count, 'written page')} dropped"
+
+    @property
+    def written_page_count(self) -> int:
+        """How many pages were written since the base."""
+        return sum(block.written.count() for block in self.blocks.values())
 
     @property
     def has_written(self) -> bool:

@@ -7,6 +7,7 @@ keys, query-migrate's answer under ``migration``, and each block by itself.
 
 import json
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Any
 
@@ -51,6 +52,14 @@ class BadPage:
 
 
 @dataclass(frozen=True)
+class LastSave:
+    """When the newest save ended that succeeded, and where it is."""
+
+    time: datetime
+    place: str
+
+
+@dataclass(frozen=True)
 class Status:
     """One moment of the mount; None stands for what there is not."""
 
@@ -91,6 +100,9 @@ class Status:
     """Milliseconds from the mount to the last page that was restored."""
     last_command: str | None
     last_outcome: str | None
+    last_save: LastSave | None = None
+    log: str = "none"
+    """Where the daemon logs, and what is missing there; ``none: `` and why."""
     base_offset: int | None = None
     """Where in its file ``base`` begins."""
     base_machine: str | None = None
@@ -183,6 +195,9 @@ def _values(status: Status) -> dict[str, Any]:
         "bad-page-count": status.bad_page_count,
         "last-command": status.last_command,
         "last-outcome": status.last_outcome,
+        "last-save": status.last_save and f"{status.last_save.time.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}",
+        "last-save-to": status.last_save and status.last_save.place,
+        "log": status.log,
     }
 
 

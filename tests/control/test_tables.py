@@ -341,6 +341,7 @@ STATUS_KEYS = [
     "page-count", "zero-pages", "checkpoint-pages", "read-pages",
     "written-pages", "restored", "overlay-bytes", "set-aside-pages", "waiting-readers", "storage", "views",
     "views-missing", "time-to-first-byte", "time-to-full", "bad-page-count", "last-command", "last-outcome",
+    "last-save", "last-save-to", "log",
     "status", "error-desc", "total-time", "setup-time", "downtime", "total", "transferred", "remaining", "normal",
     "duplicate", "mbps",
 ]  # fmt: skip

@@ -250,7 +250,7 @@ def test_umount_during_a_save_lets_it_end(slow: Mounted, storage: Path) -> None:
     assert ram_in(storage / "checkpoint") == ram
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_signal_during_a_save_cancels_it_and_unmounts(
     number: signal.Signals, slow: Mounted, storage: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from datetime import datetime, timedelta, timezone
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +10,15 @@ from hypothesis import strategies as st
 from ckptfs.migration.query import MigrationStats, QueryMigrate
 from ckptfs.migration.status import MigrationStatus
 from ckptfs.namespace.names import decode_name
-from ckptfs.namespace.status import BadPage, BlockStatus, MountState, Status, format_status, format_status_json
+from ckptfs.namespace.status import (
+    BadPage,
+    BlockStatus,
+    LastSave,
+    MountState,
+    Status,
+    format_status,
+    format_status_json,
+)
 
 IDLE = Status(
     version="1.0",
@@ -33,6 +42,8 @@ IDLE = Status(
     time_to_full=None,
     last_command="save",
     last_outcome="ok saved",
+    last_save=LastSave(datetime(2026, 11, 25, 8, 30, tzinfo=timezone(timedelta(hours=1))), "/ckpt/vm1"),
+    log="syslog",
     base_offset=0,
     base_machine="pc-i440fx-10.0",
     base_run_state="running",
@@ -86,6 +97,9 @@ time-to-full none
 bad-page-count 0
 last-command save
 last-outcome ok saved
+last-save 2026-11-25T07:30:00Z
+last-save-to /ckpt/vm1
+log syslog
 status none
 error-desc none
 total-time none
