@@ -74,7 +74,8 @@ def run(tmp_path: Path, guest_files: Guest) -> Iterator[Run]:
             timeout=120,
         )
         assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
-        assert result.stderr == ""
+        said = [line for line in result.stderr.splitlines() if "there is no syslog here" not in line]  # in containers
+        assert not said
         return result.stdout
 
     assert CACHE.is_dir()
