@@ -136,13 +136,17 @@ class Program:
         for number, step in enumerate(steps(self._part), 1):
             getattr(self, step.way)(step)
             step.apply(self._model, self._part)
-            SLOT.pack_into(self._memory, self._part.slot, number)
-            seen = SLOT.unpack_from(self._memory, slot_of(step.other))[0]
-            SLOT.pack_into(self._memory, self._part.seen_slot(step.other), seen)
+            self._note(step, number)
             if not go_on():
                 break
         self._expect("the end", self._part.start, os.pread(self._file, len(self._model), self._part.start))
         return number
+
+    def _note(self, step: Step, number: int) -> None:
+        """Store what was done and seen, each at once: Struct.pack_into would clear the bytes first."""
+        with memoryview(self._memory) as memory, memory.cast("Q") as slots:
+            slots[self._part.slot // SLOT.size] = number
+            slots[self._part.seen_slot(step.other) // SLOT.size] = slots[slot_of(step.other) // SLOT.size]
 
     def _expect(self, way: str, start: int, found: bytes) -> None:
         expected = self._model[start - self._part.start : start - self._part.start + len(found)]
