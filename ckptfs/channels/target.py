@@ -17,6 +17,7 @@ import fcntl
 import os
 import secrets
 import stat
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -165,7 +166,7 @@ class PathTarget:
             if former is not None:
                 os.close(former)
             self._remove_leftovers()
-            self._temporary = f"{self._temporary_prefix()}{secrets.token_hex(6)}{_SUFFIX}"
+            self._temporary = f"{_temporary_prefix(self._name)}{secrets.token_hex(6)}{_SUFFIX}"
             with identity.assumed():
                 fd = os.open(
                     self._temporary,
@@ -261,10 +262,6 @@ class PathTarget:
         os.close(self._directory)
         self.file.close()
 
-    def _temporary_prefix(self) -> str:
-        """How every temporary of this name begins: with as much of it as leaves room (NAME_MAX is in bytes)."""
-        return f".{os.fsdecode(os.fsencode(self._name)[:200])}."
-
     @contextlib.contextmanager
     def _locked_former(self) -> Iterator[bool]:
         """Keep every other save from replacing the file meanwhile; yields whether there is one."""
@@ -347,12 +344,7 @@ class PathTarget:
 
     def _remove_leftovers(self) -> None:
         """Remove temporaries of earlier saves to this name whose daemon is gone (nobody holds their lock)."""
-        prefix = self._temporary_prefix()
-        for name in os.listdir(self._directory):
-            if not (name.startswith(prefix) and name.endswith(_SUFFIX)):
-                continue
-            if len(name) != len(prefix) + 12 + len(_SUFFIX):
-                continue
+        for name in _temporaries(self._directory, self._name):
             with contextlib.suppress(OSError), self._identity.assumed():
                 fd = os.open(name, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=self._directory)
                 try:
@@ -360,6 +352,71 @@ class PathTarget:
                     os.unlink(name, dir_fd=self._directory)
                 finally:
                     os.close(fd)
+
+
+def wait_for_saves(path: str, seconds: float, begin: Callable[[], None]) -> bool:
+    """Wait until no daemon writes a checkpoint to ``path``, calling ``begin`` if there is one (blocking).
+
+    Returns False if that takes longer than ``seconds``.
+    """
+    ended = threading.Event()
+    held = [fd for fd in _open_temporaries(path) if not _try_lock(fd)]
+    if not held:
+        return True
+    begin()
+
+    def wait() -> None:
+        for fd in held:
+            with contextlib.suppress(OSError):
+                fcntl.flock(fd, fcntl.LOCK_SH)
+            os.close(fd)
+        ended.set()
+
+    threading.Thread(target=wait, daemon=True).start()  # flock(2) has no deadline of its own
+    return ended.wait(seconds)
+
+
+def _open_temporaries(path: str) -> Iterator[int]:
+    """Descriptors of the temporaries of a name, as far as we may read them."""
+    parent, name = os.path.split(path)
+    try:
+        directory = os.open(parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        for temporary in _temporaries(directory, name):
+            with contextlib.suppress(OSError):
+                yield os.open(temporary, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+    finally:
+        os.close(directory)
+
+
+def _try_lock(fd: int) -> bool:
+    """Whether nobody holds the lock of a temporary; closes it then."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # a file system without locks
+    os.close(fd)
+    return True
+
+
+def _temporary_prefix(name: str) -> str:
+    """How every temporary of a name begins: with as much of it as leaves room (NAME_MAX is in bytes)."""
+    return f".{os.fsdecode(os.fsencode(name)[:200])}."
+
+
+def _temporaries(directory: int, name: str) -> list[str]:
+    """The temporaries of a name in an open directory, of saves that run and of daemons that are gone."""
+    prefix = _temporary_prefix(name)
+    length = len(prefix) + 12 + len(_SUFFIX)
+    return [
+        entry
+        for entry in os.listdir(directory)
+        if entry.startswith(prefix) and entry.endswith(_SUFFIX) and len(entry) == length
+    ]
 
 
 def _open_directory(path: str, forbidden_device: int) -> int:

@@ -16,6 +16,7 @@ import trio
 
 from ckptfs.channels.descriptors import Descriptors
 from ckptfs.channels.identity import Identity
+from ckptfs.channels.target import wait_for_saves
 from ckptfs.errors import CkptfsError, CommandError, StateError
 from ckptfs.fuse.daemon import Starter, harden, run_in_background
 from ckptfs.fuse.logs import Log
@@ -32,6 +33,9 @@ from ckptfs.namespace.options import MountOptions, parse_options
 EXIT_USAGE = 1
 EXIT_SYSTEM = 2
 EXIT_MOUNT = 32
+
+SAVE_PATIENCE = 60.0
+"""Seconds for which a mount waits for the end of a save to its file."""
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +81,7 @@ def main() -> int:
             _enter_namespace(arguments.N)
         directory = os.path.abspath(arguments.directory)
         _check_mount_point(directory)
+        _wait_for_saves(spec)
     except (CkptfsError, OSError) as error:
         print(f"mount.ckptfs: {describe(error)}", file=sys.stderr)
         return EXIT_MOUNT
@@ -121,6 +126,19 @@ def _serve(
         log.exception("%s: the daemon ends", directory)
         starter.failed(EXIT_SYSTEM, f"{directory}: {error}")
     return 0
+
+
+def _wait_for_saves(spec: SeekableAddress | None) -> None:
+    """Who unmounts and mounts again means what the former daemon is still writing. StateError: that takes long."""
+    if not isinstance(spec, FileMigrationArgs) or spec.fdset_id is not None:
+        return
+    path = spec.filename
+
+    def tell() -> None:
+        print(f"mount.ckptfs: {path}: a save to it is running: waiting for its end", file=sys.stderr)
+
+    if not wait_for_saves(path, SAVE_PATIENCE, tell):
+        raise StateError(f"{path}: a save to it still runs after {SAVE_PATIENCE:.0f} s: mount when it is over")
 
 
 def _parse_spec(text: str, options: MountOptions) -> SeekableAddress | None:

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def helper() -> int:
+def main() -> int:
     """Run as /sbin/umount.fuse.ckptfs; returns umount(8)'s exit code."""
     parser = argparse.ArgumentParser(prog="umount.fuse.ckptfs", description="The helper of umount(8) for ckptfs.")
     parser.add_argument("directory", metavar="DIR")

@@ -22,6 +22,7 @@ from ckptfs.fuse.report import Origin
 from ckptfs.fuse.session import open_session
 from ckptfs.fuse.sharing import Sharing
 from ckptfs.fuse.tuning import tune_backing_device
+from ckptfs.fuse.utab import register, unregister
 from ckptfs.fuse.view_files import ViewFiles
 from ckptfs.guest.guest import Guest
 from ckptfs.migration.address import SeekableAddress
@@ -66,6 +67,7 @@ class Mount:
         self._changes = Changes()
         self._events = EventLog()
         self._nursery: trio.Nursery
+        self._in_utab = False
         self._views = ViewFiles(guest, options.backends, options.map) if options.views else None
         nodes = Nodes(guest, owner, options.umask, self._views)
         self._ram_files = RAMFiles(nodes, mountpoint)
@@ -121,6 +123,8 @@ class Mount:
                 nursery.cancel_scope.cancel()
             pyfuse3.close(unmount=True)
             self._tell_what_is_lost()
+            if self._in_utab:
+                unregister(self._mountpoint)
         # files are closed by the end of the process: a thread in close(2) can't be killed where a storage is silent
 
     async def _set_up(self, starter: Starter) -> None:
@@ -130,6 +134,7 @@ class Mount:
         self._ram_files.device = device
         if refused := await trio.to_thread.run_sync(tune_backing_device, device):
             log.info("only root can tune the mount: %s left as it was", ", ".join(refused))
+        self._in_utab = await trio.to_thread.run_sync(register, self._source, self._mountpoint)
         if self._views is not None:
             self._start_soon(self._views.refresh)  # so that status tells at once what can't be made
         if self._guest.base is not None and self._options.prefetch != "off":

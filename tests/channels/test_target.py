@@ -1,6 +1,7 @@
 import errno
 import fcntl
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 
 from ckptfs.channels.identity import Identity
-from ckptfs.channels.target import PathTarget
+from ckptfs.channels.target import PathTarget, wait_for_saves
 from ckptfs.channels.version import NOTHING, FileVersion
 from ckptfs.errors import CkptfsError, CommandError, StateError, StorageError
 from tests.doubles.storage import FailingCall, open_descriptors
@@ -478,6 +479,28 @@ def test_a_leftover_of_somebody_else_stays(directory: Path) -> None:
     (directory / LEFTOVER).write_bytes(b"root's")
     target_for(directory / "vm1", SOMEBODY).discard()
     assert names(directory) == [LEFTOVER]
+
+
+# --- saves that are running ---------------------------------------------------------------------------------
+
+
+def test_running_saves_are_waited_for(directory: Path) -> None:
+    path = directory / "vm1"
+    begun: list[str] = []
+
+    def wait(what: str, seconds: float) -> bool:
+        return wait_for_saves(str(path), seconds, lambda: begun.append(what))
+
+    (directory / LEFTOVER).touch()
+    assert wait("nothing", 0)
+    target, other = target_for(path), target_for(directory / "vm2")
+    assert not wait("in vain", 0.01)
+    timer = threading.Timer(0.1, target.discard)
+    timer.start()
+    assert wait("to the end", 60)
+    timer.join()
+    assert begun == ["in vain", "to the end"]
+    other.discard()
 
 
 # --- the version that is expected --------------------------------------------------------------------------

@@ -250,6 +250,21 @@ def test_umount_during_a_save_lets_it_end(slow: Mounted, storage: Path) -> None:
     assert ram_in(storage / "checkpoint") == ram
 
 
+def test_a_mount_waits_for_a_save_to_its_file(
+    slow: Mounted, storage: Path, mount_point: Path, tmp_path: Path
+) -> None:
+    ram = (slow.ram / "pc.ram").read_bytes()
+    slow.ctl("save nowait")
+    wait_until_active(slow)
+    subprocess.run(["umount", slow.path], check=True)
+    result = run_mount(storage / "checkpoint", mount_point, "ro", f"log={tmp_path / 'log'}")
+    assert result.stderr == f"mount.ckptfs: {storage}/checkpoint: a save to it is running: waiting for its end\n"
+    assert result.returncode == 0
+    assert (mount_point / "ram/pc.ram").read_bytes() == ram
+    subprocess.run(["umount", mount_point], check=True)
+    assert slow.wait() == 0
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=lambda number: number.name)
 def test_a_signal_during_a_save_cancels_it_and_unmounts(
     number: signal.Signals, slow: Mounted, storage: Path

@@ -290,6 +290,23 @@ test "$(head -c 5 {directory}/ram/pc.ram)" = first
 mount -o remount,ro {directory} 2>&1 | grep -F "a mount can't be remounted"
 umount {directory}
 
+mount -t tmpfs none {storage}
+for umount in umount 'umount -c' '{prefix}/bin/ckptfs umount -q'; do         # -c: as systemd does
+    mount -t ckptfs {storage}/vm {directory} -o ram=pc.ram:4M,max_bandwidth=2M
+    dd if=/dev/urandom of={directory}/ram/pc.ram bs=1M count=2 conv=notrunc status=none
+    echo "save nowait" >{directory}/ctl
+    $umount {directory}
+    test "$(ls -A {storage})" = vm          # and no temporary file: the save is over
+    rm {storage}/vm
+    mount -o remount,ro {storage}           # EBUSY as long as anybody writes there
+    mount -o remount,rw {storage}
+done
+mount -t ckptfs {storage}/vm {directory} -o ram=pc.ram:4M
+printf written 1<>{directory}/ram/pc.ram
+umount {directory} 2>&1 | grep -F '1 written page (0.0 MiB) were not saved'
+umount {storage}
+! grep -s {directory} /run/mount/utab
+
 ! mount -t ckptfs {checkpoint} {directory} -o nosuch
 ! mount -t ckptfs /nowhere {directory}
 mount -t ckptfs /nowhere {directory} -o nosuch 2>&1 | grep -F "mount option 'nosuch'"
@@ -310,7 +327,9 @@ def test_mount_and_fstab_after_an_install(checkpoint: Path, mount_point: Path, t
         "fstab": fstab,
         "checkpoint": checkpoint,
         "directory": mount_point,
+        "storage": tmp_path / "storage",
     }
+    names["storage"].mkdir()
     script = MOUNT_8.format(**{name: shlex.quote(str(path)) for name, path in names.items()})
     result = in_a_mount_namespace(script)
     assert result.stdout.endswith("all of it\n"), result.stdout + result.stderr
