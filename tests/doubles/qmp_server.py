@@ -223,6 +223,7 @@ class FakeQemu:
             case "closefd":
                 os.close(self._take(arguments["fdname"]))
             case "migrate":
+                await self._set_status("setup")
                 self._nursery.start_soon(self._migrate, self._take(arguments["uri"].removeprefix("fd:")))
             case "migrate-continue":
                 if self.migration != {"status": "pre-switchover"}:

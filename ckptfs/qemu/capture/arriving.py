@@ -73,7 +73,7 @@ class Arriving:
 
     async def finish(self, run_state: str | None) -> None:
         """See that QEMU has sent all; ``run_state`` is the one in the stream. Raises QemuError, StateError."""
-        await check_completed(self._monitor)
+        await check_completed(self._monitor, self._incoming.begun)
         self.downtime = _pause_in(self._monitor.events[self._since :])
 
 
@@ -119,7 +119,7 @@ class _Precopy(Arriving):
     async def finish(self, run_state: str | None) -> None:
         """QEMU leaves a guest that it has sent away standing still: let it go on, if that is what is wanted."""
         monitor = self._monitor
-        await check_completed(monitor)
+        await check_completed(monitor, self._incoming.begun)
         over = came_to(monitor, self._since, "completed") or len(monitor.events)
         stopped_by_us = self._stopped is not None and not _has_resumed(monitor.events[self._stopped : over])
         self.run_state = "running" if stopped_by_us else None

@@ -115,7 +115,7 @@ async def _take(monitor: "Monitor", incoming: Incoming, pause: Pause, ram: RAM[E
         while (still := came_to(monitor, since, "pre-switchover")) is None and not incoming.ended:
             await _receive(incoming, stream)
         if still is None:
-            await check_completed(monitor)
+            await check_completed(monitor, incoming.begun)
             raise StateError("QEMU's migration ended before it came to the device state")
         resumed = pause.resumed
         await ram.flush()
@@ -124,7 +124,7 @@ async def _take(monitor: "Monitor", incoming: Incoming, pause: Pause, ram: RAM[E
         await switch_over(monitor)
         while not incoming.ended:
             await _receive(incoming, stream)
-    await check_completed(monitor)
+    await check_completed(monitor, incoming.begun)
     over = came_to(monitor, still, "completed")
     pause.note_completed(over, await _run_state_of(bytes(stream)) if resumed else pause.wanted)
     refuse_if_disturbed(monitor.events[still:over])

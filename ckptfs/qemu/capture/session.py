@@ -5,7 +5,9 @@ moment. So nothing here is remembered that QEMU can tell: its events say what ha
 changed is put back only where it is still as we set it.
 
 QEMU's stream comes through a pipe. QEMU closes its end when the migration is over, whichever way
-(migration/migration.c, migration_cleanup): so its end of file is awaited, and no event.
+(migration/migration.c, migration_cleanup): so its end of file is awaited. But QEMU forgets to close it when somebody
+begins another migration between the end of ours and that cleanup (seen in 10.0). So an event that tells of the end
+is enough as well, once the pipe is empty: QEMU has written all by then.
 """
 
 import contextlib
@@ -99,7 +101,12 @@ async def migration_settings(
 
 async def _put_back_capabilities(monitor: "Monitor", found: dict[str, bool]) -> None:
     now = await _capabilities(monitor) if found else {}
-    await _set_capabilities(monitor, {name: state for name, state in found.items() if now[name] != state})
+    changed = {name: state for name, state in found.items() if now[name] != state}
+    try:
+        await _set_capabilities(monitor, changed)
+    except QemuError:
+        await _end_migration_of_others(monitor)
+        await _set_capabilities(monitor, changed)
 
 
 async def _put_back_parameters(monitor: "Monitor", found: dict[str, Any], ours: dict[str, Any]) -> None:
@@ -135,11 +142,15 @@ async def _set_parameters(monitor: "Monitor", values: dict[str, Any]) -> None:
 
 
 class Incoming:
-    """The reading end of a pipe into which QEMU migrates; ``ended`` once QEMU has closed its own."""
+    """The reading end of a pipe into which QEMU migrates; ``ended`` once all of it has been read.
+
+    ``begun`` is the number of the event with which the migration began.
+    """
 
     def __init__(self, monitor: "Monitor", pipe: trio.lowlevel.FdStream) -> None:
         self._monitor = monitor
         self._pipe = pipe
+        self.begun = len(monitor.events)
         self.ended = False
 
     async def receive(self) -> bytes | bytearray:
@@ -148,6 +159,8 @@ class Incoming:
         Raises QemuError (ETIMEDOUT) if neither comes in the time that QEMU has for an answer.
         """
         monitor = self._monitor
+        if came_to(monitor, self.begun, *_ENDED) is not None:
+            return self._rest()
         heard = len(monitor.events)
         with trio.move_on_after(monitor.deadline) as patience, monitor.alerting(patience):
             part = await self._pipe.receive_some(PIPE_LENGTH)
@@ -158,6 +171,14 @@ class Incoming:
         if len(monitor.events) == heard:
             raise QemuError(f"migrate: nothing came from QEMU in {monitor.deadline:g} s", errno.ETIMEDOUT)
         return b""
+
+    def _rest(self) -> bytes:
+        try:
+            part = os.read(self._pipe.fileno(), PIPE_LENGTH)
+        except BlockingIOError:
+            part = b""
+        self.ended = not part
+        return part
 
     async def drain(self) -> None:
         """Throw away what still comes."""
@@ -190,12 +211,11 @@ async def migration(monitor: "Monitor", incoming: Incoming, capabilities: Collec
 
     ``capabilities`` are those that it has to be done with; StateError (EBUSY) if somebody has changed them.
     """
+    heard = len(monitor.events)
     with trio.CancelScope(shield=True):  # either it has begun, or it has not
-        try:
-            await monitor.execute("migrate", uri=f"fd:{_FD_NAME}")
-        except QemuError:
-            await _end_migration_of_others(monitor)
-            raise
+        await monitor.execute("migrate", uri=f"fd:{_FD_NAME}")
+    begun = came_to(monitor, heard, "setup")
+    incoming.begun = heard if begun is None else begun
     try:
         for name, state in (await _capabilities(monitor)).items():  # nobody can change them from here on
             if state != (name in capabilities):
@@ -266,10 +286,12 @@ async def migration_status(monitor: "Monitor") -> str:
     return status
 
 
-async def check_completed(monitor: "Monitor") -> None:
-    """See how the migration ended: a stream that was cut short looks like any other here."""
+async def check_completed(monitor: "Monitor", begun: int) -> None:
+    """See how the migration that began with event ``begun`` has ended: a stream may have been cut short."""
     found = await monitor.execute("query-migrate")
     status = found.get("status", "none")
+    if (over := came_to(monitor, begun, *_ENDED)) is not None:
+        status = monitor.events[over].data["status"]  # what QEMU answers may be of a newer one, somebody else's
     _refuse_cancelled(status)
     if status != "completed":
         reason = found.get("error-desc", "no reason given")
@@ -320,6 +342,8 @@ class Pause:
         """Have the guest run if that is what its owners want; ``cause`` is what went wrong before."""
         with trio.CancelScope(shield=True):
             try:
+                if not self._completed:
+                    await _end_migration_of_others(self._monitor)
                 if await self._is_ours():
                     await self._monitor.execute("cont")
             except QemuError as error:
