@@ -5,9 +5,9 @@ moment. So nothing here is remembered that QEMU can tell: its events say what ha
 changed is put back only where it is still as we set it.
 
 QEMU's stream comes through a pipe. QEMU closes its end when the migration is over, whichever way
-(migration/migration.c, migration_cleanup): so its end of file is awaited. But QEMU forgets to close it when somebody
-begins another migration between the end of ours and that cleanup (seen in 10.0). So an event that tells of the end
-is enough as well, once the pipe is empty: QEMU has written all by then.
+(migration/migration.c, migration_cleanup): so its end of file is awaited. But QEMU may leave it open when somebody
+begins another migration as ours ends (seen in 10.0). So an event that tells of the end is enough as well, once the
+pipe is empty: QEMU has written all by then.
 """
 
 import contextlib
