@@ -1,6 +1,7 @@
 """RAM and device state have to belong together. QEMU would not notice: the mount refuses, and says what to do."""
 
 import errno
+import mmap
 import os
 import subprocess
 from collections.abc import Iterator
@@ -74,6 +75,16 @@ async def test_pages_were_written(checkpoints: LiveCheckpoints, mount: Mount) ->
     assert mounted.ctl("reset") == "ok 1 written page dropped"
     async with SMALL.on(mounted.ram, checkpoint.guest, incoming=incoming(mounted)) as vm:
         assert await vm.tick() > checkpoint.last_tick
+
+
+def test_a_page_that_the_kernel_has_not_written_back(checkpoints: LiveCheckpoints, mount: Mount) -> None:
+    """A store through a mapping, as a machine's: the mount hears of it when it asks the kernel."""
+    mounted = mount(checkpoints.live(SMALL).path)
+    with (mounted.ram / "pc.ram").open("r+b") as file, mmap.mmap(file.fileno(), 1 << 20) as ram:
+        ram[0x8000] ^= 0xFF
+        with refused(mounted, "pages were written since the checkpoint"), pytest.raises(PermissionError) as caught:
+            (mounted.path / "vmstate").read_bytes()
+    assert caught.value.errno == errno.EPERM
 
 
 async def test_pages_that_were_written_with_what_they_held(checkpoints: LiveCheckpoints, mount: Mount) -> None:
