@@ -235,7 +235,7 @@ COMMANDS = (
                 "--record",
                 metavar="SECONDS",
                 type=seconds,
-                help="keep what QEMU has touched of FILE after some seconds, in FILE.working-set: later starts "
+                help="keep what QEMU has touched of FILE after SECONDS, in FILE.working-set: later starts "
                 "read that first",
             ),
             argument("--qemu", metavar="PROGRAM", help="the QEMU to start (default: the machine type's)"),

@@ -30,7 +30,7 @@ _LAST_CHANCE = 1.0
 """Seconds for each further answer once QEMU has missed a deadline: it answers in order."""
 
 _ONE_AT_A_TIME = "it serves one client at a time: give QEMU a second -qmp, for ckptfs alone"
-_START_OR_LET_GO = ": start QEMU with it as its -qmp, or let go of it with `qmp none`"
+_START_OR_LET_GO = ": start QEMU with it as its -qmp (a mount lets go of it with `qmp none`)"
 
 # what the library would log comes as an exception as well
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)

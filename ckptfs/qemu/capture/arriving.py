@@ -3,7 +3,7 @@
 Two ways, tried in this order; QEMU says at once where the first can't be had:
 
 * **snapshot**: with capability background-snapshot QEMU write-protects RAM (userfaultfd), lets the guest go on
-  after some milliseconds, and sends every page as it was at that moment (bg_migration_thread in
+  after a few milliseconds, and sends every page as it was at that moment (bg_migration_thread in
   migration/migration.c, since 6.0). That works for anonymous memory, memfd, /dev/shm and hugetlbfs; not for a file
   that is mapped private, nor on FUSE.
 * **precopy**: QEMU sends pages while the guest dirties them, round after round, and stops it for the last. Rounds
