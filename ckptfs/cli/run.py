@@ -224,7 +224,7 @@ def _become(qemu: QEMU, descriptors: Sequence[int]) -> NoReturn:
 
 
 def _run_recorded(path: str, fd: int, qemu: QEMU, descriptors: Sequence[int], seconds: float) -> int:
-    """Run QEMU below this process, and keep what it has touched of the file by then."""
+    """Run QEMU below this process, and keep what it has touched of the file after `seconds`."""
     process = subprocess.Popen([qemu.program, *join(qemu.options)], pass_fds=descriptors)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to both, and QEMU decides
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())

@@ -4,6 +4,7 @@ The trio thread writes here, so nothing waits for syslogd, nor for the reader of
 """
 
 import contextlib
+import errno
 import logging
 import os
 import socket
@@ -125,6 +126,7 @@ class Log:
         else:
             self._name, self._handler, form = "syslog", _Syslog(), _FORMAT
         self._handler.setFormatter(_Formatter(form))
+        self._handler.addFilter(_matters)
         root = logging.getLogger()
         root.addHandler(self._handler)
         root.setLevel(logging.WARNING)
@@ -169,6 +171,15 @@ class Log:
         former, self._handler.stream = self._handler.stream, stream
         former.close()
         log.info("SIGHUP: the log goes on here")
+
+
+def _matters(record: logging.LogRecord) -> bool:
+    """Leave out pyfuse3's word of an answer that nobody waits for: its caller was killed, or the mount is gone.
+
+    write(2) to /dev/fuse is ENOENT then (fs/fuse/dev.c: fuse_dev_do_write, Linux 6.1).
+    """
+    text = record.getMessage()
+    return not (record.name == "pyfuse3" and "fuse_reply_*" in text and text.endswith(os.strerror(errno.ENOENT)))
 
 
 def _open(path: str) -> TextIO:

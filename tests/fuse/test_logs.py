@@ -83,3 +83,21 @@ def test_a_full_disk_is_told(new_log: NewLog) -> None:
     log.info("a line")
     assert journal.state == "none: /dev/full: No space left on device (1 line lost)"
     assert journal.missing is None
+
+
+def test_an_answer_that_nobody_waits_for(
+    new_log: NewLog, tmp_path: Path, expect_log: Callable[[str], None]
+) -> None:
+    """A caller was killed, or the mount is gone: pyfuse3 calls that an error, and it is none."""
+    expect_log("pyfuse3: ")
+    new_log(str(tmp_path / "log"))
+    for name in ("fuse_release", "fuse_read"):
+        for reason in ("No such file or directory", "Invalid argument"):
+            logging.getLogger("pyfuse3").error(f"{name}(): fuse_reply_* failed with %s", reason)
+    logging.getLogger("pyfuse3").error("No such file or directory")
+    lines = (tmp_path / "log").read_text().splitlines()
+    assert [line.partition("ERROR: ")[2] for line in lines] == [
+        "fuse_release(): fuse_reply_* failed with Invalid argument",
+        "fuse_read(): fuse_reply_* failed with Invalid argument",
+        "No such file or directory",
+    ]
