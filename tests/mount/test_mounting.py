@@ -273,7 +273,14 @@ def test_without_root_through_fusermount3(public: Path) -> None:
 MOUNT_8 = """
 set -eu
 mount -t tmpfs none /usr/sbin       # where mount(8) looks for helpers; nobody else sees this one
-mount-helpers/install {staging} {prefix}            # and as a package is unpacked:
+mount -t tmpfs -o ro none {storage}
+! mount-helpers/install {storage} {prefix} 2>{words}
+grep -F "can't be written by" {words}
+umount {storage}
+mount-helpers/install {staging} {prefix} 2>{words}
+interpreter=$(head -n 1 {staging}{prefix}/bin/ckptfs | cut -d ' ' -f 1 | tr -d '#!')
+setpriv --reuid=65534 --regid=65534 --clear-groups env $interpreter -c "" || grep -F "none but root can run" {words}
+# and as a package is unpacked:
 tar -C {staging} -c . | tar -C / -x --keep-directory-symlink --no-overwrite-dir
 rm -r {staging}
 test "$(readlink /sbin/mount.ckptfs)" = {prefix}/bin/mount.ckptfs
@@ -303,7 +310,7 @@ for umount in umount 'umount -c' '{prefix}/bin/ckptfs umount -q'; do         # -
 done
 mount -t ckptfs {storage}/vm {directory} -o ram=pc.ram:4M
 printf written 1<>{directory}/ram/pc.ram
-umount {directory} 2>&1 | grep -F '1 written page (0.0 MiB) were not saved'
+umount {directory} 2>&1 | grep -F '1 written page (0.0 MiB) not saved'
 umount {storage}
 ! grep -s {directory} /run/mount/utab
 
@@ -323,6 +330,7 @@ def test_mount_and_fstab_after_an_install(checkpoint: Path, mount_point: Path, t
     fstab.write_text(f"{checkpoint} {mount_point} ckptfs noauto,nofail,x-systemd.automount,prefetch=on 0 0\n")
     names = {
         "staging": tmp_path / "staging",
+        "words": tmp_path / "words",
         "prefix": prefix,
         "fstab": fstab,
         "checkpoint": checkpoint,
