@@ -78,7 +78,7 @@ def _umount_and_wait(directory: str, status: Status, *flags: str, quiet: bool = 
     try:
         _umount(directory, *flags)
         if status["written-pages"] and not quiet:
-            print(f"{directory}: {_dropped(status)} were not saved, and are gone", file=sys.stderr)
+            print(f"{directory}: {_dropped(status)} not saved", file=sys.stderr)
         if pidfd is not None:
             _wait_for_end(pidfd, directory, status["pid"], quiet=quiet)
     finally:

@@ -174,7 +174,7 @@ class Mount:
         if page_count:
             size = page_count * self._guest.page_size / MiB
             pages = counted(page_count, "written page")
-            log.warning("%s: unmounted, %s (%.4g MiB) were not saved", self._mountpoint, pages, size)
+            log.warning("%s: unmounted, %s (%.4g MiB) not saved", self._mountpoint, pages, size)
         else:
             log.info("%s: unmounted", self._mountpoint)
 

@@ -23,7 +23,7 @@ DEADLINE = 60.0
 
 _LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d [\d:,]+ mount\.ckptfs\[\d+\]: (\w+): (.*)")
 _HARMLESS = ("DEBUG", "INFO")
-_UNSAVED = re.compile(r"unmounted, \d+ written pages? \(.* MiB\) were not saved$")
+_UNSAVED = re.compile(r"unmounted, \d+ written pages? \(.* MiB\) not saved$")
 """What most tests leave behind, and need not announce."""
 
 _PR_SET_CHILD_SUBREAPER = 36
