@@ -162,7 +162,7 @@ class ViewHandle(Handle):
         self._layout = layout
 
     async def read(self, offset: int, length: int) -> Buffer:
-        refuse_written(self._guest)
+        refuse_written(self._guest, self._layout)
         return await read_layout(self._guest, self._layout, offset, length)
 
 

@@ -114,9 +114,11 @@ class Opening:
                     inode, opener, text, lambda data: control.set_capability(subject, data, opener)
                 )
             case NodeKind.VIEW if self._views is not None:
-                await self._guest.flush(list(self._guest.blocks))  # what a machine has written may be there yet
-                refuse_written(self._guest)
-                return ViewHandle(inode, opener, self._guest, self._views.layout(subject))
+                layout = self._views.layout(subject)
+                if layout.has_memory:
+                    await self._guest.flush(list(self._guest.blocks))  # what a machine has written may be there yet
+                refuse_written(self._guest, layout)
+                return ViewHandle(inode, opener, self._guest, layout)
             case NodeKind.VMSTATE:
                 return TextHandle(inode, opener, await self._vmstate(opener))
         raise StateError(f"{node.name!r} can't be opened", errno.EACCES)

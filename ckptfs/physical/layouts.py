@@ -32,6 +32,11 @@ class Layout:
     extents: tuple[Extent, ...]
     length: int
 
+    @property
+    def has_memory(self) -> bool:
+        """Whether any of it is RAM; otherwise it is a text, and stays as it was made."""
+        return any(isinstance(extent.content, Region) for extent in self.extents)
+
     def pieces(self, offset: int, length: int) -> Iterator[tuple[int, Content]]:
         """Cut bytes from ``offset`` on, up to the end of the file, into pieces: how long each is, and what."""
         stop = min(offset + length, self.length)
