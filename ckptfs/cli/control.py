@@ -9,11 +9,10 @@ import errno
 import os
 import select
 import signal
-import sys
 from collections.abc import Iterator
 
 from ckptfs.cli.mounted import StatusFile
-from ckptfs.cli.progress import Display
+from ckptfs.cli.progress import CANCELLING, Display
 from ckptfs.errors import StateError
 
 _ANSWER_LENGTH = 1 << 16
@@ -42,7 +41,7 @@ def perform(directory: str, command: str, display: Display) -> str:
                     raise StateError(f"{directory}: not waited for any longer: see its status")
                 interrupted = True
                 os.read(signals, 16)
-                print("cancelling ...", file=sys.stderr)
+                display.say(CANCELLING)
                 _cancel(directory)
             display.show(status.read())
         return _outcome(directory, os.read(answer, _ANSWER_LENGTH).decode(errors="surrogateescape"))

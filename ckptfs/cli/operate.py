@@ -1,11 +1,10 @@
 """ckptfs save, restore, prefetch, reset, cancel, wait: ctl's commands, which can be interrupted and killed here."""
 
 import argparse
-import json
 import shlex
 
 from ckptfs.cli.control import perform, wait_until_idle
-from ckptfs.cli.progress import display_for
+from ckptfs.cli.progress import display_for, tell
 
 
 def save(arguments: argparse.Namespace) -> int:
@@ -43,11 +42,7 @@ def wait(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace, *words: str) -> int:
-    answer = perform(arguments.directory, shlex.join(words), display_for(arguments))
-    if arguments.json:
-        print(json.dumps({"answer": answer}))
-    elif not arguments.quiet:
-        print(answer)
+    tell(arguments, perform(arguments.directory, shlex.join(words), display_for(arguments)))
     return 0
 
 

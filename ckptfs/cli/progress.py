@@ -10,6 +10,9 @@ from ckptfs.cli.mounted import Status
 
 MiB = 1 << 20
 
+CANCELLING = "cancelling ..."
+"""What a command says to Ctrl-C and SIGTERM."""
+
 
 class Display(Protocol):
     """Is shown status.json again and again, from `with` to its end."""
@@ -23,6 +26,9 @@ class Display(Protocol):
     def show(self, status: Status) -> None:
         """Show how it stands."""
 
+    def say(self, words: str) -> None:
+        """Say a line beside that."""
+
 
 def display_for(arguments: argparse.Namespace) -> Display:
     """What the options ``quiet`` and ``json`` ask for, and what stderr is."""
@@ -30,7 +36,19 @@ def display_for(arguments: argparse.Namespace) -> Display:
         return JSONLines()
     if arguments.quiet:
         return Nothing()
-    return Bar() if sys.stderr.isatty() else Lines()
+    if not sys.stderr.isatty():
+        return Lines()
+    from ckptfs.cli.terminal import Bar
+
+    return Bar()
+
+
+def tell(arguments: argparse.Namespace, answer: str) -> None:
+    """Print what a command has answered, as ``quiet`` and ``json`` want it."""
+    if arguments.json:
+        print(json.dumps({"answer": answer}), flush=True)
+    elif not arguments.quiet:
+        print(answer, flush=True)
 
 
 def extent(status: Status) -> tuple[int, int] | None:
@@ -53,12 +71,18 @@ class Nothing:
     def show(self, status: Status) -> None:
         """Show nothing."""
 
+    def say(self, words: str) -> None:
+        """Say nothing."""
+
 
 class Lines(Nothing):
     """A line for every tenth that is done."""
 
     def __init__(self) -> None:
         self._tenths = 0
+
+    def say(self, words: str) -> None:
+        print(words, file=sys.stderr, flush=True)
 
     def show(self, status: Status) -> None:
         """Print a line if one is due."""
@@ -84,43 +108,3 @@ class JSONLines(Nothing):
         if line != self._last and status["state"] != "idle":
             self._last = line
             print(line, flush=True)
-
-
-class Bar(Nothing):
-    """A bar with what is done, the speed, and the time left."""
-
-    def __init__(self) -> None:
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
-
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            DownloadColumn(binary_units=True),
-            TransferSpeedColumn(),
-            TimeRemainingColumn(),
-        )
-        self._progress = Progress(*columns, console=Console(stderr=True), transient=True, expand=True)
-        self._task = self._progress.add_task("", total=None, visible=False)
-
-    def __enter__(self) -> Self:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def show(self, status: Status) -> None:
-        """Move the bar."""
-        done_of = extent(status)
-        if done_of is not None:
-            done, total = done_of
-            description = f"{status['state']} ({status['migration']['status']})"
-            self._progress.update(self._task, description=description, completed=done, total=total, visible=True)

@@ -1,7 +1,6 @@
 """ckptfs save: of a mount, through its ctl; of a machine, without any mount, wherever its RAM lies."""
 
 import argparse
-import json
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -10,7 +9,7 @@ import trio
 
 from ckptfs.channels.identity import Identity
 from ckptfs.cli import operate
-from ckptfs.cli.progress import Display, display_for
+from ckptfs.cli.progress import CANCELLING, Display, display_for, tell
 from ckptfs.errors import CommandError
 from ckptfs.fuse.report import query_migrate
 from ckptfs.guest.guest import Guest
@@ -41,10 +40,7 @@ def run(arguments: argparse.Namespace) -> int:
     capture = CaptureOptions(Way(arguments.capture), arguments.capture_rounds)
     with display_for(arguments) as display:
         answer = trio.run(save_machine, os.path.abspath(arguments.qmp), target, capture, display)
-    if arguments.json:
-        print(json.dumps({"answer": answer}))
-    elif not arguments.quiet:
-        print(answer)
+    tell(arguments, answer)
     return 0
 
 
@@ -59,7 +55,7 @@ async def save_machine(qmp_path: str, target: FileMigrationArgs, capture: Captur
     try:
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(_cancel_on_signal, guest, signals)
+                nursery.start_soon(_cancel_on_signal, guest, signals, display)
                 nursery.start_soon(_show, guest, display)
                 try:
                     return await save(guest, SaveRequest(target, identity))
@@ -71,9 +67,10 @@ async def save_machine(qmp_path: str, target: FileMigrationArgs, capture: Captur
         guest.close()
 
 
-async def _cancel_on_signal(guest: Guest, signals: AsyncIterator[int]) -> None:
+async def _cancel_on_signal(guest: Guest, signals: AsyncIterator[int], display: Display) -> None:
     async for _ in signals:
         if guest.migrations.running:
+            display.say(CANCELLING)
             await guest.migrations.cancel()
 
 

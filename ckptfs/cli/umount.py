@@ -12,7 +12,7 @@ import sys
 
 from ckptfs.cli.control import perform, wait_until_idle
 from ckptfs.cli.mounted import Status, is_dead_mount, read_status
-from ckptfs.cli.progress import Lines, display_for
+from ckptfs.cli.progress import Lines, display_for, tell
 from ckptfs.errors import CkptfsError, StateError
 
 EXIT_MOUNT = 32
@@ -32,9 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     status = read_status(directory)
     if arguments.save:
-        answer = perform(directory, "save", display)
-        if not arguments.quiet:
-            print(answer)
+        tell(arguments, perform(directory, "save", display))
     elif status["state"] == "saving":
         wait_until_idle(directory, display)
     status = read_status(directory)

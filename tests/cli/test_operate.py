@@ -2,9 +2,11 @@
 
 import json
 import os
+import re
 import select
 import signal
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -136,11 +138,11 @@ def test_progress_in_lines_and_as_json(mounted: Mounted, run_ckptfs: RunCkptfs) 
     assert answer["answer"].startswith("saved ")
 
 
-def test_progress_on_a_terminal(mounted: Mounted) -> None:
-    (mounted.path / "parameters/max-bandwidth").write_text(f"{4 * MiB}\n")
+def on_a_terminal(*arguments: str | Path, while_it_runs: Callable[[], None] | None = None) -> tuple[int, str, str]:
+    """Run ckptfs with a terminal of 80 columns as its stderr; its exit code, stdout, and all that was shown."""
     ours, theirs = os.openpty()
     process = subprocess.Popen(
-        [BIN / "ckptfs", "save", mounted.path], stdout=subprocess.DEVNULL, stderr=theirs,
+        [BIN / "ckptfs", *arguments], stdout=subprocess.PIPE, stderr=theirs, text=True,
         env={**os.environ, "TERM": "xterm", "COLUMNS": "80"},
     )  # fmt: skip
     os.close(theirs)
@@ -148,12 +150,27 @@ def test_progress_on_a_terminal(mounted: Mounted) -> None:
     try:
         while part := os.read(ours, 4096):
             shown += part
+            if while_it_runs is not None and b"%" in shown:
+                while_it_runs()
+                while_it_runs = None
     except OSError:  # the other side is closed
         pass
     os.close(ours)
-    assert process.wait(DEADLINE) == 0
-    assert b"saving (active)" in shown
-    assert b"MiB/s" in shown or b"MB/s" in shown
+    stdout, _ = process.communicate(timeout=DEADLINE)
+    return process.returncode, stdout, shown.decode()
+
+
+def test_progress_on_a_terminal(slow: Mounted) -> None:
+    code, stdout, shown = on_a_terminal("save", slow.path, while_it_runs=lambda: hurry(slow))
+    assert (code, stdout.startswith("saved ")) == (0, True)
+    assert re.search(r"saving \((setup|active)\) .*\d+%.* \d+/8 MiB", shown)
+
+
+def test_a_terminal_is_left_as_it_was(slow: Mounted) -> None:
+    slow.ctl("save nowait")
+    code, stdout, shown = on_a_terminal("wait", slow.path, while_it_runs=lambda: hurry(slow))
+    assert (code, stdout) == (0, "")
+    assert "\x1b[?25l" not in shown  # whoever hides the cursor and is killed leaves no cursor
 
 
 def test_a_ctl_that_does_not_block(slow: Mounted) -> None:

@@ -1,5 +1,6 @@
 """ckptfs umount, and umount(8) with its helper: when they return, the daemon is gone and the storage is free."""
 
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -54,8 +55,9 @@ def test_what_is_dropped_is_told(written: Mounted, storage: Path, run_ckptfs: Ru
 
 def test_umount_with_save(written: Mounted, storage: Path, run_ckptfs: RunCkptfs) -> None:
     ram = (written.ram / "pc.ram").read_bytes()
-    result = run_ckptfs("umount", "--save", written.path)
-    assert result.stdout.startswith(f"saved {storage}/vm")
+    result = run_ckptfs("umount", "--save", "--json", written.path)
+    *_, answer = map(json.loads, result.stdout.splitlines())
+    assert answer["answer"].startswith(f"saved {storage}/vm")
     assert "not saved" not in result.stderr
     assert decode(storage / "vm").blocks["pc.ram"].tobytes() == ram
     assert_free(written, storage)

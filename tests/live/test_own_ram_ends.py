@@ -142,7 +142,7 @@ async def test_a_signal_cancels(number: int, stepper: Stepper, tmp_path: Path) -
         command = [Path(sys.executable).parent / "ckptfs", "save", "--qmp", tmp_path / "relay", tmp_path / "saved"]
         program = Program(command, number)
         server.faults = {"migrate": program.kill}
-        assert await program.run() == (1, "the save was cancelled\n")
+        assert await program.run() == (1, "cancelling ...\nthe save was cancelled\n")
         assert left_in(tmp_path) == []
         assert await settings(vm) == found
         await ticks(vm)
