@@ -26,7 +26,7 @@ from ckptfs.fuse.logs import Log
 from ckptfs.fuse.outcome import Outcome, describe, errno_of
 from ckptfs.fuse.page_cache import KernelPageCache
 from ckptfs.fuse.ram_files import Opener, RAMFiles
-from ckptfs.fuse.report import Origin, describe_mount, query_migrate
+from ckptfs.fuse.report import Origin, describe_mount, milliseconds, query_migrate
 from ckptfs.fuse.sharing import Sharing
 from ckptfs.fuse.view_files import ViewFiles
 from ckptfs.guest.base import Base
@@ -119,7 +119,11 @@ class Control:
 
     async def _saved(self, request: SaveRequest) -> str:
         answer = await save(self._guest, request)
-        self._last_save = LastSave(datetime.now(UTC), describe_address(request.address))
+        self._last_save = LastSave(
+            datetime.now(UTC),
+            describe_address(request.address),
+            milliseconds(self._guest.migrations.newest.downtime),
+        )
         problem = await self._sharing.look()
         return answer if problem is None else f"{answer}; but {problem}"
 
@@ -332,7 +336,8 @@ class Control:
         """A snapshot of the mount."""
         outcome = self.last.line.decode(errors="replace").strip() or None
         status = describe_mount(self._guest, self._origin, self.last_command, outcome, self._sharing.problem)
-        status = replace(status, last_save=self._last_save, log=self._log.state)
+        users = self._ram_files.users
+        status = replace(status, last_save=self._last_save, log=self._log.state, users=users)
         if self._views is None:
             return status
         return replace(status, views=tuple(self._views.names), missing_views=self._views.missing)

@@ -2,15 +2,16 @@
 
 Nothing here blocks the daemon, whatever a reader does: a line is kept until every open handle has read it, and a
 read returns what there is. A read never waits either, as a process inside a FUSE read can't be killed; poll(2)
-is what waits.
+is what waits. `tail -f` asks for the length instead: it is that of all lines so far.
 """
 
 import json
 import select
 import time
-from typing import Any
 
 from pyfuse3 import PollHandle
+
+from ckptfs.namespace.events import Event
 
 READABLE = select.POLLIN | select.POLLRDNORM
 
@@ -58,15 +59,18 @@ class EventLog:
         self._lines: list[bytes] = []
         self._first = 0
         self._positions: dict[object, int] = {}
+        self.length = 0
+        """Bytes of all lines so far."""
 
-    def publish(self, event: str, data: dict[str, Any]) -> None:
+    def publish(self, event: Event, value: str | int) -> None:
         """Add an event, if anybody has the file open."""
         if not self._positions:
             return
         seconds, nanoseconds = divmod(time.time_ns(), 10**9)
         timestamp = {"seconds": seconds, "microseconds": nanoseconds // 1000}
-        line = json.dumps({"timestamp": timestamp, "event": event, "data": data})
+        line = json.dumps({"timestamp": timestamp, "event": event.name, "data": {event.member: value}})
         self._lines.append(line.encode() + b"\n")
+        self.length += len(self._lines[-1])
         self.waiters.wake()
 
     def open(self, reader: object) -> None:

@@ -28,6 +28,7 @@ from ckptfs.guest.guest import Guest
 from ckptfs.migration.address import SeekableAddress
 from ckptfs.migration.size import MiB
 from ckptfs.migration.status import MigrationStatus
+from ckptfs.namespace.events import MIGRATION, MIGRATION_PASS
 from ckptfs.namespace.options import MountOptions
 from ckptfs.namespace.status import counted
 
@@ -69,7 +70,7 @@ class Mount:
         self._nursery: trio.Nursery
         self._in_utab = False
         self._views = ViewFiles(guest, options.backends, options.map) if options.views else None
-        nodes = Nodes(guest, owner, options.umask, self._views)
+        nodes = Nodes(guest, owner, options.umask, self._views, self._events)
         self._ram_files = RAMFiles(nodes, mountpoint)
         self._page_cache = page_cache = KernelPageCache(self._ram_files)
         origin = Origin(source, trio.current_time(), options.backends)
@@ -205,6 +206,6 @@ class Mount:
         """A migration went on: events (QEMU's capability of that name) and status tell."""
         self._changes.note()
         if self._guest.settings.capabilities.events:
-            self._events.publish("MIGRATION", {"status": str(status)})
+            self._events.publish(MIGRATION, str(status))
             if status is MigrationStatus.ACTIVE:
-                self._events.publish("MIGRATION_PASS", {"pass": 1})  # an epoch is saved in one pass
+                self._events.publish(MIGRATION_PASS, 1)  # an epoch is saved in one pass

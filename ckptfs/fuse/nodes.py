@@ -7,6 +7,7 @@ import errno
 import time
 
 from ckptfs.errors import CommandError
+from ckptfs.fuse.events import EventLog
 from ckptfs.fuse.report import describe_block
 from ckptfs.fuse.view_files import ViewFiles
 from ckptfs.guest.guest import Guest
@@ -17,10 +18,13 @@ from ckptfs.namespace.tree import RAM, VIEWS, Node, NodeKind, Tree, ram_xattrs
 class Nodes:
     """The nodes of a mount. ``owner`` is (uid, gid) of all of them, ``mounted_at_ns`` their time."""
 
-    def __init__(self, guest: Guest, owner: tuple[int, int], umask: int, views: ViewFiles | None) -> None:
+    def __init__(
+        self, guest: Guest, owner: tuple[int, int], umask: int, views: ViewFiles | None, events: EventLog
+    ) -> None:
         """``views`` is None where there are to be none."""
         self._guest = guest
         self._views = views
+        self._events = events
         self._views_seen = 0
         self._tree = Tree(guest.blocks, has_views=views is not None, read_only=guest.read_only, umask=umask)
         self.owner = owner
@@ -52,6 +56,8 @@ class Nodes:
         if node.kind is NodeKind.VIEW and self._views is not None:
             layout = self._views.layout(node.subject)
             return layout.length, sum(extent.length for extent in layout.extents)
+        if node.kind is NodeKind.EVENTS:
+            return self._events.length, 0
         return 0, 0
 
     def capacity(self) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from ckptfs.fuse.nodes import Nodes
 from ckptfs.fuse.settling import FileRange
 from ckptfs.namespace.tree import RAM
 from ckptfs.qemu.backends import RAMFile
+from ckptfs.qemu.users import name_of
 
 RELEASE_DEADLINE = 5.0
 """Seconds in which a file that was closed is released, if it is not open or mapped elsewhere."""
@@ -121,3 +122,9 @@ class RAMFiles:
     def openers(self) -> set[int]:
         """The processes that have opened files which are still open, or mapped."""
         return {file.opener.pid for file in self._open.values()}
+
+    @property
+    def users(self) -> tuple[str, ...]:
+        """They, for people: ``qemu-system-x86 (1234, rw)`` each."""
+        writers = {file.opener.pid for file in self._open.values() if file.opener.writes}
+        return tuple(f"{name_of(pid)} ({pid}, {'rw' if pid in writers else 'r'})" for pid in sorted(self.openers))

@@ -28,6 +28,11 @@ def describe_block(block: GuestBlock) -> BlockStatus:
     )
 
 
+def milliseconds(seconds: float | None) -> int | None:
+    """As QEMU counts times."""
+    return None if seconds is None else round(seconds * 1000)
+
+
 def query_migrate(migration: Migration, page_size: int) -> QueryMigrate:
     """The newest migration in QEMU's words: times in milliseconds, sizes in bytes."""
     if migration.status is MigrationStatus.NONE:
@@ -50,7 +55,7 @@ def query_migrate(migration: Migration, page_size: int) -> QueryMigrate:
     return QueryMigrate(
         status=migration.status,
         total_time=round(seconds * 1000),
-        downtime=None if migration.downtime is None else round(migration.downtime * 1000),
+        downtime=milliseconds(migration.downtime),
         setup_time=None if migration.active is None else round((migration.active - migration.started) * 1000),
         error_desc=migration.error,
         ram=ram,
@@ -67,7 +72,7 @@ class Origin:
 
     def milliseconds_until(self, moment: float | None) -> int | None:
         """From the mount to ``moment`` on trio's clock."""
-        return None if moment is None else round((moment - self.mounted_at) * 1000)
+        return None if moment is None else milliseconds(moment - self.mounted_at)
 
 
 def describe_mount(

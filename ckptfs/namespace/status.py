@@ -2,10 +2,12 @@
 
 ``status`` is ``key value``, one a line: always all keys, always in this order, the value being the rest of the
 line. After them comes a line ``bad-page`` for each page that could not be read. ``status.json`` has the same
-keys, query-migrate's answer under ``migration``, and each block by itself.
+keys, query-migrate's answer under ``migration``, and each block by itself. What the keys are, and what the manual
+says of them, is in three tables: `KEYS`, `MIGRATION_KEYS`, `BLOCK_KEYS`.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
@@ -57,6 +59,8 @@ class LastSave:
 
     time: datetime
     place: str
+    downtime: int | None
+    """Milliseconds for which the guest was paused; None without a machine."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,8 @@ class Status:
     last_command: str | None
     last_outcome: str | None
     last_save: LastSave | None = None
+    users: tuple[str, ...] = ()
+    """Who has RAM open or mapped: ``qemu-system-x86 (1234, rw)`` each."""
     log: str = "none"
     """Where the daemon logs, and what is missing there; ``none: `` and why."""
     base_offset: int | None = None
@@ -127,105 +133,273 @@ class Status:
     """The first of them."""
 
 
+@dataclass(frozen=True)
+class Key:
+    """A line of ``status``: ``unit`` of its value (nothing if it is a word or a text), and what it means."""
+
+    name: str
+    unit: str
+    meaning: str
+    value: Callable[[Status], Any]
+
+
+@dataclass(frozen=True)
+class BlockKey:
+    """A member of each of the ``blocks`` in ``status.json``."""
+
+    name: str
+    unit: str
+    meaning: str
+    value: Callable[[Status, BlockStatus], Any]
+
+
+def _pages(count: str) -> Callable[[Status], int]:
+    """Of all blocks together."""
+    return lambda status: sum(getattr(block, count) for block in status.blocks)
+
+
+KEYS = (
+    Key("version", "", "The version of ckptfs that serves this mount.", lambda status: status.version),
+    Key("pid", "", "The daemon's process.", lambda status: status.pid),
+    Key("spec", "", "What was mounted (SPEC), with its whole path.", lambda status: status.spec),
+    Key("state", "", "`idle`, `saving` or `restoring`.", lambda status: status.state),
+    Key("base", "", "The checkpoint that RAM comes from.", lambda status: status.base),
+    Key("base-offset", "bytes", "Where in its file it begins.", lambda status: status.base_offset),
+    Key(
+        "base-machine",
+        "",
+        "The machine type in it; `none` if it holds RAM alone.",
+        lambda status: status.base_machine,
+    ),
+    Key(
+        "base-run-state",
+        "",
+        "The state in which a machine starts from it, in QEMU's words.",
+        lambda status: status.base_run_state,
+    ),
+    Key(
+        "vmstate",
+        "",
+        "Whether a machine can start from `vmstate`: `ready`; `none` (there is no device state); `stale`, `in use`,"
+        " `used` or `refused`, and why.",
+        lambda status: status.vmstate,
+    ),
+    Key(
+        "direct-io",
+        "",
+        "Whether checkpoints are read and written with O_DIRECT: `on`, or `off` and why.",
+        lambda status: status.direct_io,
+    ),
+    Key(
+        "writers",
+        "",
+        "`running`; `stopped` (by `stop`: they wait for `cont`); `none` in a read-only mount.",
+        lambda status: status.writers,
+    ),
+    Key("qmp", "", "The QMP socket, and whether QEMU answers there.", lambda status: status.qmp),
+    Key("guest", "", "The state of the guest behind it, in QEMU's words.", lambda status: status.guest),
+    Key(
+        "capture",
+        "",
+        "How the newest save captured a machine with RAM of its own: `snapshot` or `precopy`.",
+        lambda status: status.capture,
+    ),
+    Key(
+        "users",
+        "",
+        "Who has RAM open or mapped: each program with its process and `r` or `rw`.",
+        lambda status: ", ".join(status.users) or None,
+    ),
+    Key(
+        "shared-use",
+        "",
+        "A warning: two machines write to the same RAM. `none` is as it should be.",
+        lambda status: status.shared_use,
+    ),
+    Key("block-count", "", "How many RAM blocks there are.", lambda status: len(status.blocks)),
+    Key("page-count", "pages", "All pages of all blocks: the sum of the next four.", _pages("page_count")),
+    Key("zero-pages", "pages", "Pages of zeros, which take no memory.", _pages("zero_pages")),
+    Key("checkpoint-pages", "pages", "In the checkpoint, and not read yet.", _pages("checkpoint_pages")),
+    Key("read-pages", "pages", "Read from the checkpoint.", _pages("read_pages")),
+    Key("written-pages", "pages", "Written since. Lost at umount, unless saved.", _pages("written_pages")),
+    Key(
+        "restored",
+        "",
+        "`yes` when all RAM is in memory, and the checkpoint's file is no longer needed.",
+        lambda status: status.restored,
+    ),
+    Key(
+        "overlay-bytes",
+        "bytes",
+        "Memory that the daemon uses for written pages and, after `restore`, for all others.",
+        lambda status: status.overlay_bytes,
+    ),
+    Key(
+        "set-aside-pages",
+        "pages",
+        "Old versions of pages that were written while a save runs, kept for that save.",
+        lambda status: status.set_aside_pages,
+    ),
+    Key("waiting-readers", "", "Reads that wait for the storage.", lambda status: status.waiting_readers),
+    Key(
+        "storage",
+        "",
+        "`ok`, or `silent` and the pages for which the storage does not answer.",
+        lambda status: status.storage,
+    ),
+    Key("views", "", "The files in `views/`.", lambda status: " ".join(status.views) or None),
+    Key(
+        "views-missing",
+        "",
+        "Views that can't be made, and why.",
+        lambda status: "; ".join(f"{name}: {why}" for name, why in status.missing_views.items()) or None,
+    ),
+    Key(
+        "time-to-first-byte",
+        "ms",
+        "From the mount until the first page was served.",
+        lambda status: status.time_to_first_byte,
+    ),
+    Key(
+        "time-to-full",
+        "ms",
+        "From the mount until the last page was restored.",
+        lambda status: status.time_to_full,
+    ),
+    Key(
+        "bad-page-count",
+        "pages",
+        "Pages that can't be read from the checkpoint. A line `bad-page BLOCK PAGE REASON` follows for each, up to"
+        " a limit.",
+        lambda status: status.bad_page_count,
+    ),
+    Key("last-command", "", "The last command on `ctl` that ended.", lambda status: status.last_command),
+    Key("last-outcome", "", "Its answer.", lambda status: status.last_outcome),
+    Key(
+        "last-save",
+        "UTC",
+        "When the last successful save ended.",
+        lambda status: status.last_save and f"{status.last_save.time.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}",
+    ),
+    Key(
+        "last-save-to",
+        "",
+        "Where it was saved.",
+        lambda status: status.last_save and status.last_save.place,
+    ),
+    Key(
+        "last-save-downtime",
+        "ms",
+        "How long it paused the guest.",
+        lambda status: status.last_save and status.last_save.downtime,
+    ),
+    Key(
+        "log",
+        "",
+        "Where the daemon logs: `syslog`, a file, or `none` and why.",
+        lambda status: status.log,
+    ),
+)
+"""What is a single value, in the order in which it is shown."""
+
+MIGRATION_KEYS = (
+    Key(
+        "status",
+        "",
+        "How the newest save or restore stands, in QEMU's words: `none`, `setup`, `active`, `device`, `completed`,"
+        " `failed`, `cancelling`, `cancelled`.",
+        lambda status: status.migration.status,
+    ),
+    Key("error-desc", "", "Why it failed.", lambda status: status.migration.error_desc),
+    Key("total-time", "ms", "How long it has taken.", lambda status: status.migration.total_time),
+    Key("setup-time", "ms", "How long it took to begin.", lambda status: status.migration.setup_time),
+    Key("downtime", "ms", "How long the guest was paused.", lambda status: status.migration.downtime),
+    Key(
+        "total",
+        "bytes",
+        "RAM to save or restore.",
+        lambda status: status.migration.ram and status.migration.ram.total,
+    ),
+    Key(
+        "transferred",
+        "bytes",
+        "Written to, or read from, the checkpoint so far.",
+        lambda status: status.migration.ram and status.migration.ram.transferred,
+    ),
+    Key(
+        "remaining",
+        "bytes",
+        "RAM still to save or restore.",
+        lambda status: status.migration.ram and status.migration.ram.remaining,
+    ),
+    Key(
+        "normal",
+        "pages",
+        "Pages with data so far.",
+        lambda status: status.migration.ram and status.migration.ram.normal,
+    ),
+    Key(
+        "duplicate",
+        "pages",
+        "Pages of zeros so far.",
+        lambda status: status.migration.ram and status.migration.ram.duplicate,
+    ),
+    Key(
+        "mbps",
+        "Mbit/s",
+        "Average speed.",
+        lambda status: status.migration.ram and round(status.migration.ram.mbps, 2),
+    ),
+)
+"""The newest save or restore; ``status.json`` has QEMU's query-migrate in their place."""
+
+BLOCK_KEYS = (
+    BlockKey("idstr", "", "QEMU's name of the block.", lambda _, block: printable(block.idstr)),
+    BlockKey("file", "", "Its file, below DIR.", lambda _, block: f"ram/{encode_name(block.idstr).decode()}"),
+    BlockKey("page-size", "bytes", "The size of its pages.", lambda _, block: block.page_size),
+    BlockKey("used-length", "bytes", "Its size.", lambda _, block: block.used_length),
+    BlockKey(
+        "backend",
+        "",
+        "Whether QEMU has it as a memory backend on this mount. All others travel inside `vmstate`.",
+        lambda status, block: block.idstr in status.memory + status.plugged,
+    ),
+    BlockKey(
+        "plugged",
+        "",
+        "Whether it is memory that was plugged in: a DIMM, or another memory device.",
+        lambda status, block: block.idstr in status.plugged,
+    ),
+    BlockKey("page-count", "pages", "All of its pages.", lambda _, block: block.page_count),
+    BlockKey("zero-pages", "pages", "As above, of this block.", lambda _, block: block.zero_pages),
+    BlockKey("checkpoint-pages", "pages", "As above, of this block.", lambda _, block: block.checkpoint_pages),
+    BlockKey("read-pages", "pages", "As above, of this block.", lambda _, block: block.read_pages),
+    BlockKey("written-pages", "pages", "As above, of this block.", lambda _, block: block.written_pages),
+)
+"""Each block in ``status.json``."""
+
+
 def format_status(status: Status) -> str:
     """The text of ``status``."""
-    values = {**_values(status), **_migration_values(status.migration)}
-    lines = [f"{key} {_plain(value)}" for key, value in values.items()]
+    lines = [f"{key.name} {_plain(key.value(status))}" for key in (*KEYS, *MIGRATION_KEYS)]
     lines += [f"bad-page {_word(bad.idstr)} {bad.page} {_plain(bad.error)}" for bad in status.bad_pages]
     return "".join(line + "\n" for line in lines)
 
 
 def format_status_json(status: Status) -> str:
     """The text of ``status.json``: one object."""
-    blocks = [
-        {
-            "idstr": printable(block.idstr),
-            "file": f"ram/{encode_name(block.idstr).decode()}",
-            "page-size": block.page_size,
-            "used-length": block.used_length,
-            "backend": block.idstr in status.memory + status.plugged,
-            "plugged": block.idstr in status.plugged,
-            **_page_counts((block,)),
-        }
-        for block in status.blocks
-    ]
-    bad_pages = [
-        {"block": printable(bad.idstr), "page": bad.page, "error": printable(bad.error)} for bad in status.bad_pages
-    ]
-    values = {key: printable(value) if isinstance(value, str) else value for key, value in _values(status).items()}
+    values = {key.name: key.value(status) for key in KEYS}
     document = {
-        **values,
+        **{name: printable(value) if isinstance(value, str) else value for name, value in values.items()},
         "base-devices": [printable(device) for device in status.base_devices],
         "migration": status.migration.to_json(),
-        "blocks": blocks,
-        "bad-pages": bad_pages,
+        "blocks": [{key.name: key.value(status, block) for key in BLOCK_KEYS} for block in status.blocks],
+        "bad-pages": [
+            {"block": printable(bad.idstr), "page": bad.page, "error": printable(bad.error)}
+            for bad in status.bad_pages
+        ],
     }
     return json.dumps(document, indent=2) + "\n"
-
-
-def _values(status: Status) -> dict[str, Any]:
-    """All that is a single value, in the order in which it is shown."""
-    return {
-        "version": status.version,
-        "pid": status.pid,
-        "spec": status.spec,
-        "state": status.state,
-        "base": status.base,
-        "base-offset": status.base_offset,
-        "base-machine": status.base_machine,
-        "base-run-state": status.base_run_state,
-        "vmstate": status.vmstate,
-        "direct-io": status.direct_io,
-        "writers": status.writers,
-        "qmp": status.qmp,
-        "guest": status.guest,
-        "capture": status.capture,
-        "shared-use": status.shared_use,
-        "block-count": len(status.blocks),
-        **_page_counts(status.blocks),
-        "restored": status.restored,
-        "overlay-bytes": status.overlay_bytes,
-        "set-aside-pages": status.set_aside_pages,
-        "waiting-readers": status.waiting_readers,
-        "storage": status.storage,
-        "views": " ".join(status.views) or None,
-        "views-missing": "; ".join(f"{name}: {why}" for name, why in status.missing_views.items()) or None,
-        "time-to-first-byte": status.time_to_first_byte,
-        "time-to-full": status.time_to_full,
-        "bad-page-count": status.bad_page_count,
-        "last-command": status.last_command,
-        "last-outcome": status.last_outcome,
-        "last-save": status.last_save and f"{status.last_save.time.astimezone(UTC):%Y-%m-%dT%H:%M:%SZ}",
-        "last-save-to": status.last_save and status.last_save.place,
-        "log": status.log,
-    }
-
-
-def _page_counts(blocks: tuple[BlockStatus, ...]) -> dict[str, int]:
-    return {
-        "page-count": sum(block.page_count for block in blocks),
-        "zero-pages": sum(block.zero_pages for block in blocks),
-        "checkpoint-pages": sum(block.checkpoint_pages for block in blocks),
-        "read-pages": sum(block.read_pages for block in blocks),
-        "written-pages": sum(block.written_pages for block in blocks),
-    }
-
-
-def _migration_values(migration: QueryMigrate) -> dict[str, Any]:
-    ram = migration.ram
-    return {
-        "status": migration.status,
-        "error-desc": migration.error_desc,
-        "total-time": migration.total_time,
-        "setup-time": migration.setup_time,
-        "downtime": migration.downtime,
-        "total": ram and ram.total,
-        "transferred": ram and ram.transferred,
-        "remaining": ram and ram.remaining,
-        "normal": ram and ram.normal,
-        "duplicate": ram and ram.duplicate,
-        "mbps": ram and round(ram.mbps, 2),
-    }
 
 
 def _plain(value: object) -> str:

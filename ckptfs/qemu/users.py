@@ -54,6 +54,15 @@ def is_machine(pid: int) -> bool:
     return any(_link(f"/proc/{pid}/fd/{descriptor}") == "anon_inode:kvm-vm" for descriptor in descriptors)
 
 
+def name_of(pid: int) -> str:
+    """The name of a process (proc(5), comm), which never waits for its memory; ``?`` if it can't be looked at."""
+    try:
+        with open(f"/proc/{pid}/comm", encoding="utf-8", errors="replace") as file:
+            return file.read().rstrip("\n")
+    except OSError:
+        return "?"
+
+
 def begins_anew(pid: int) -> bool:
     """Whether a process is a machine that starts from nothing: with -incoming it writes no RAM before it has to."""
     if not is_machine(pid):

@@ -3,6 +3,7 @@
 import json
 import os
 import select
+import subprocess
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -183,6 +184,22 @@ def test_no_reader_loses_a_line_and_none_holds_the_daemon_back(
     for one in (asleep, in_bites, *polling):
         assert one.steps == expected
         assert one.events == asleep.events
+
+
+def test_tail_follows_them(mounted: Mounted, reader: Callable[[], Reader]) -> None:
+    reader()
+    mounted.ctl("save")  # so that the file has a length already
+    with (
+        (mounted.path / "events").open("rb") as file,
+        subprocess.Popen(["tail", "-f"], stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as tail,
+    ):
+        mounted.ctl("save")
+        assert tail.stdout is not None
+        events = [json.loads(tail.stdout.readline()) for _ in A_SAVE]
+        tail.kill()
+        _, stderr = tail.communicate()
+    assert [event["data"].get("status", "pass 1") for event in events] == A_SAVE
+    assert stderr == b""
 
 
 def test_who_opens_later_reads_what_comes_later(mounted: Mounted, reader: Callable[[], Reader]) -> None:

@@ -7,6 +7,7 @@ import weakref
 from ckptfs.fuse.events import Changes, EventLog
 from ckptfs.fuse.handles import EventsHandle, Handle, StatusHandle
 from ckptfs.fuse.ram_files import Opener
+from ckptfs.namespace.events import MIGRATION
 
 OPENER = Opener(os.O_RDONLY, pid=1, uid=0, gid=0)
 
@@ -19,13 +20,13 @@ def is_gone(handle: "weakref.ref[Handle]") -> bool:
 async def test_a_released_reader_of_events_gets_no_more_lines_kept() -> None:
     events = EventLog()
     left, stays = EventsHandle(5, OPENER, events), EventsHandle(5, OPENER, events)
-    events.publish("MIGRATION", {"status": "setup"})
+    events.publish(MIGRATION, "setup")
     assert b"setup" in await stays.read(0, 1000)
     left.release()
     released = weakref.ref(left)
     del left
     assert is_gone(released)
-    events.publish("MIGRATION", {"status": "active"})
+    events.publish(MIGRATION, "active")
     assert b"active" in await stays.read(0, 1000)
 
 

@@ -42,7 +42,8 @@ IDLE = Status(
     time_to_full=None,
     last_command="save",
     last_outcome="ok saved",
-    last_save=LastSave(datetime(2026, 11, 25, 8, 30, tzinfo=timezone(timedelta(hours=1))), "/ckpt/vm1"),
+    last_save=LastSave(datetime(2026, 11, 25, 8, 30, tzinfo=timezone(timedelta(hours=1))), "/ckpt/vm1", 7),
+    users=("qemu-system-x86 (1234, rw)", "dd (5, r)"),
     log="syslog",
     base_offset=0,
     base_machine="pc-i440fx-10.0",
@@ -78,6 +79,7 @@ writers running
 qmp none
 guest none
 capture none
+users qemu-system-x86 (1234, rw), dd (5, r)
 shared-use none
 block-count 2
 page-count 15
@@ -99,6 +101,7 @@ last-command save
 last-outcome ok saved
 last-save 2026-11-25T07:30:00Z
 last-save-to /ckpt/vm1
+last-save-downtime 7
 log syslog
 status none
 error-desc none
