@@ -15,11 +15,15 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from ckptfs.channels.backing_file import FileSource
+import numpy as np
+import numpy.typing as npt
+
+from ckptfs.channels.backing_file import FileSource, pread_exactly
 from ckptfs.errors import CheckpointError, StorageError
 from ckptfs.foreign.content import Content, read_content
 from ckptfs.mapped_ram.bitmap import PagesBitmap
 from ckptfs.mapped_ram.checkpoint import Checkpoint
+from ckptfs.mapped_ram.ramblock import RAMBlock
 from ckptfs.mapped_ram.trailer import Trailer
 
 
@@ -49,6 +53,22 @@ class Opened:
     def trailer(self) -> Trailer:
         """What ckptfs remembers of it; empty where that is nothing, or damaged (``content.trailer_problem``)."""
         return self.content.trailer
+
+    def read_pages(self, block: RAMBlock, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Pages ``start`` to ``stop`` of a block, one after another (blocking): those without data are zeros.
+
+        The bitmap decides what a page holds: below a clear bit there may be old bytes in the file. Raises
+        StorageError or CheckpointError where the file has become shorter, OSError.
+        """
+        page_size, file_bmap = block.page_size, self.content.file_bmaps[block.idstr]
+        if self.content.stream is not None and file_bmap.any(start, stop):
+            return self.content.stream.read_pages(FileSource(self.fd), block.idstr, start, stop).reshape(-1)
+        pages = np.zeros((stop - start) * page_size, np.uint8)
+        for run in file_bmap.runs(start, stop):
+            assert block.pages_offset is not None
+            part = pages[(run.start - start) * page_size : (run.stop - start) * page_size]
+            pread_exactly(self.fd, part.data, block.pages_offset + run.start * page_size)
+        return pages
 
     def distrust(self) -> str | None:
         """Why a command line out of this file is not to be run: others than the caller or root have a say in it.

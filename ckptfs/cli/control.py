@@ -1,21 +1,16 @@
-"""A command on a mount's ctl, run so that it can be interrupted and killed at any time.
-
-ctl is opened with O_NONBLOCK: the write returns at once, and poll(2) tells when the answer can be read. So whoever
-waits does so in poll(2), and never in a request that the kernel would not let him leave.
-"""
+"""A command on a mount's ctl, run so that it can be interrupted and killed at any time."""
 
 import contextlib
-import errno
 import os
 import select
 import signal
 from collections.abc import Iterator
 
-from ckptfs.cli.mounted import StatusFile
+from ckptfs.api.ctl import answer_from, cancel, command_on
+from ckptfs.api.status import StatusFile
 from ckptfs.cli.progress import CANCELLING, Display
 from ckptfs.errors import StateError
 
-_ANSWER_LENGTH = 1 << 16
 _REFRESH = 0.25
 """Seconds between two looks at status while something runs: its figures change without an event."""
 
@@ -26,7 +21,7 @@ def perform(directory: str, command: str, display: Display) -> str:
     SIGINT and SIGTERM cancel the command, a second one ends the waiting for it. Raises StateError with ctl's words,
     or where nothing is mounted; OSError.
     """
-    with StatusFile(directory) as status, _signals() as signals, _command(directory, command) as answer, display:
+    with StatusFile(directory) as status, _signals() as signals, command_on(directory, command) as answer, display:
         poll = select.poll()
         poll.register(answer, select.POLLIN)
         poll.register(signals, select.POLLIN)
@@ -42,9 +37,9 @@ def perform(directory: str, command: str, display: Display) -> str:
                 interrupted = True
                 os.read(signals, 16)
                 display.say(CANCELLING)
-                _cancel(directory)
+                cancel(directory)
             display.show(status.read())
-        return _outcome(directory, os.read(answer, _ANSWER_LENGTH).decode(errors="surrogateescape"))
+        return answer_from(directory, answer)
 
 
 def wait_until_idle(directory: str, display: Display) -> None:
@@ -58,35 +53,6 @@ def wait_until_idle(directory: str, display: Display) -> None:
     migration = now["migration"]
     if migration.get("status") in ("failed", "cancelled"):
         raise StateError(f"{directory}: {migration.get('error-desc') or 'was cancelled'}")
-
-
-@contextlib.contextmanager
-def _command(directory: str, command: str) -> Iterator[int]:
-    """Give a command, and yield the descriptor that its answer comes from."""
-    path = os.path.join(directory, "ctl")
-    fd = os.open(path, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        os.write(fd, command.encode(errors="surrogateescape"))
-        yield fd
-    except OSError as error:
-        if error.errno in (errno.ENOTCONN, errno.ECONNABORTED):
-            raise StateError(f"{directory}: its daemon has died", error.errno) from None
-        raise
-    finally:
-        os.close(fd)
-
-
-def _cancel(directory: str) -> None:
-    """Cancel what runs; whether that was in time, its own answer tells."""
-    with _command(directory, "cancel"):
-        pass
-
-
-def _outcome(directory: str, answer: str) -> str:
-    word, _, rest = answer.rstrip("\n").partition(" ")
-    if word == "error:":
-        raise StateError(f"{directory}: {rest}")
-    return rest if word == "ok" else answer.rstrip("\n")
 
 
 @contextlib.contextmanager

@@ -15,8 +15,8 @@ import time
 from collections import Counter
 from typing import Any
 
+from ckptfs.api.status import is_dead_mount, read_status
 from ckptfs.channels.opened import open_file
-from ckptfs.cli.mounted import is_dead_mount, read_status
 from ckptfs.errors import CkptfsError
 from ckptfs.foreign.content import Content
 from ckptfs.mapped_ram.bitmap import PagesBitmap

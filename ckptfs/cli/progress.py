@@ -6,7 +6,7 @@ import sys
 from types import TracebackType
 from typing import Protocol, Self
 
-from ckptfs.cli.mounted import Status
+from ckptfs.api.status import Status
 
 MiB = 1 << 20
 

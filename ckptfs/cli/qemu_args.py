@@ -5,7 +5,7 @@ import os
 import re
 from typing import Any
 
-from ckptfs.cli.mounted import is_dead_mount, read_status
+from ckptfs.api.status import is_dead_mount, read_status
 from ckptfs.errors import CommandError, StateError
 from ckptfs.qemu.memory import id_of, naming_property
 

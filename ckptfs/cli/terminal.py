@@ -6,7 +6,7 @@ from rich.console import Console, ConsoleDimensions
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from ckptfs.cli.mounted import Status
+from ckptfs.api.status import Status
 from ckptfs.cli.progress import MiB, extent
 
 

@@ -10,8 +10,8 @@ import select
 import subprocess
 import sys
 
+from ckptfs.api.status import Status, is_dead_mount, read_status
 from ckptfs.cli.control import perform, wait_until_idle
-from ckptfs.cli.mounted import Status, is_dead_mount, read_status
 from ckptfs.cli.progress import Lines, display_for, tell
 from ckptfs.errors import CkptfsError, StateError
 

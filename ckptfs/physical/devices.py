@@ -19,6 +19,14 @@ from ckptfs.mapped_ram.vmdesc import payload_length
 MAX_FIELDS = 1 << 16
 _MAX_DEPTH = 32
 _SUBSECTION = 0x05
+_NUMBERS = {
+    "bool": False,
+    "timer": True,
+    **{f"{sign}int{bits}": not sign for sign in ("", "u") for bits in (8, 16, 32, 64)},
+}
+"""The types of fields that are numbers (``int32 equal`` is one, too), and whether they are signed."""
+
+Value = int | tuple[int, ...] | bytes
 
 
 @dataclass(frozen=True)
@@ -33,6 +41,8 @@ class Field:
     offset: int
     length: int
     count: int
+    is_single: bool = True
+    """Whether it is no array; an array may have one element."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +67,24 @@ class DeviceState:
         size = field.length // count
         data = self.payload[field.offset : field.offset + field.length]
         return tuple(int.from_bytes(data[i * size : (i + 1) * size]) for i in range(count))
+
+    def value(self, name: str) -> Value:
+        """A field as its type has it: a number or a truth, several of them, or bytes where it is neither."""
+        field = self._field(name)
+        kind = field.type.split(" ")[0]
+        if kind not in _NUMBERS or field.length % max(field.count, 1):
+            return self.data(name)
+        size = field.length // max(field.count, 1)
+        data = self.data(name)
+        numbers = tuple(
+            int.from_bytes(data[at : at + size], signed=_NUMBERS[kind]) for at in range(0, field.count * size, size)
+        )
+        values = tuple(map(bool, numbers)) if kind == "bool" else numbers
+        return values[0] if field.is_single else values
+
+    def values(self) -> dict[str, Value]:
+        """All fields by name."""
+        return {name: self.value(name) for name in self.fields}
 
     def data(self, name: str) -> bytes:
         """The bytes of a field."""
@@ -138,7 +166,9 @@ class _Walk:
             self._left -= 1
             if self._left < 0:
                 raise ValueError(f"more than {MAX_FIELDS} fields")
-            yield Field(name, str(description["type"]), position, count * size, count)
+            yield Field(
+                name, str(description["type"]), position, count * size, count, "array_len" not in description
+            )
             return
         for index in range(count):
             at = position + index * size

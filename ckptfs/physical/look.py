@@ -41,6 +41,22 @@ class Place(NamedTuple):
 Look = Generator[Place, bytes, T]
 
 
+def seen(look: Look[T], read: Callable[[Place], bytes]) -> T:
+    """The result of a look, for whoever can read at once."""
+    try:
+        place = next(look)
+        while True:
+            try:
+                data = read(place)
+            except (CkptfsError, OSError) as error:
+                place = look.throw(error)
+            else:
+                place = look.send(data)
+    except StopIteration as end:
+        result: T = end.value
+        return result
+
+
 class Looker:
     """Looks at one checkpoint.
 
