@@ -144,14 +144,19 @@ class PathTarget:
         identity: Identity,
         forbidden_device: int,
         expected: FileVersion | None = None,
+        *,
+        any_content: bool = False,
     ) -> None:
         """``expected``: replace this version of the file and no other; None: any that may be replaced.
+
+        ``any_content``: what is replaced need not be a checkpoint, or empty.
 
         Raises CommandError for a path that must not be replaced, or lies on the own mount; StateError (ESTALE) for
         another version; OSError.
         """
         self.path = path
         self._expected = expected
+        self._any_content = any_content
         self.published: FileVersion | None = None
         self._stream_offset = stream_offset
         self._identity = identity
@@ -308,7 +313,8 @@ class PathTarget:
             return None
         try:
             self._check_version(FileVersion.of(fd))
-            self._check_content(fd)
+            if not self._any_content:
+                self._check_content(fd)
         except BaseException:
             os.close(fd)
             raise

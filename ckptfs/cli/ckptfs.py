@@ -29,7 +29,8 @@ def main() -> int:
         print(error, file=sys.stderr)
         return EXIT_FAILED
     except OSError as error:
-        print(f"{os.fsdecode(error.filename)}: {error.strerror}", file=sys.stderr)
+        name = "ckptfs" if error.filename is None else os.fsdecode(error.filename)
+        print(f"{name}: {error.strerror}", file=sys.stderr)
         return EXIT_FAILED
 
 

@@ -245,6 +245,31 @@ COMMANDS = (
         "ckptfs.cli.run:run",
     ),
     Command(
+        "export",
+        "write memory as other tools read it",
+        "Write the memory of a checkpoint, or of a mount, to OUT: raw is a flat image by guest-physical address, "
+        "elf a core for gdb, crash, drgn and makedumpfile, lime is for volatility3, and mapped-ram is another "
+        "checkpoint, clean and compact. Only what has data is read, and OUT has holes elsewhere. It gets its name "
+        "when it is whole, and replaces a file of that name: for mapped-ram a checkpoint alone. - is a pipe.",
+        (
+            argument("path", metavar="FILE_OR_DIR", help="a checkpoint, or where one is mounted"),
+            argument("out", metavar="OUT", help="the file to write, or - for standard output"),
+            argument(
+                "--format", required=True, choices=("raw", "elf", "lime", "mapped-ram"), help="what OUT is to be"
+            ),
+            argument(
+                "--map",
+                metavar="ID@ADDRESS",
+                action="append",
+                default=[],
+                help="where a RAM block is in physical memory, as in dimm0@4G+1G:0; repeat it for more blocks",
+            ),
+            OFFSET,
+            *FOLLOWED,
+        ),
+        "ckptfs.cli.export:run",
+    ),
+    Command(
         "vmstate",
         "the stream from which QEMU starts on a file's RAM",
         "Write to the standard output what QEMU's -incoming takes when the RAM is FILE's, mapped as `run` does it.",

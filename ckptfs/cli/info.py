@@ -153,7 +153,7 @@ def format_file(document: Document) -> str:
         f"machine  {_machine(document['machine'], document['run-state'])}",
         *([] if document["uuid"] is None else [f"uuid     {document['uuid']}"]),
         f"stream   bytes {document['offset']:#x} to {document['end']:#x} of {document['length']:#x}"
-        + ("" if document["stored"] is None else f", {_size(document['stored'])} stored"),
+        + ("" if document["stored"] is None else f", {size_text(document['stored'])} stored"),
         *_saved_machine(document["trailer"]),
         *_table(document["blocks"], ("data-pages", "zero-pages")),
     ]
@@ -214,7 +214,7 @@ def _table(blocks: list[Document], counts: tuple[str, ...]) -> list[str]:
     heads = [count.removesuffix("-pages") for count in counts]
     head = f"{'RAM block':{width}}  {'size':>10}  {'pages':>10}" + "".join(f"  {head:>10}" for head in heads)
     rows = [
-        f"{block['idstr']:{width}}  {_size(block['used-length']):>10}  {block['page-count']:>10}"
+        f"{block['idstr']:{width}}  {size_text(block['used-length']):>10}  {block['page-count']:>10}"
         + "".join(f"  {'-' if block[count] is None else block[count]:>10}" for count in counts)
         for block in blocks
     ]
@@ -227,7 +227,7 @@ def _devices(names: list[str]) -> list[str]:
     return textwrap.wrap(text, _WIDTH, subsequent_indent=" " * 9, break_on_hyphens=False)
 
 
-def _size(length: int) -> str:
+def size_text(length: int) -> str:
     """A size in the largest unit that tells it exactly, as far as a person cares."""
     for unit, value in _UNITS:
         if length >= value:

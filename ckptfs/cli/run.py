@@ -136,7 +136,10 @@ def _refuse_unfit(opened: Opened) -> None:
     if not opened.checkpoint.has_device_state:
         raise StateError("holds RAM alone, no machine: there is nothing that could go on", errno.EINVAL)
     if opened.content.stream is not None:
-        raise StateError("is a plain stream, which QEMU can't map: mount it, and `save` to another name")
+        raise StateError(
+            "is a plain stream, which QEMU can't map: "
+            "`ckptfs export FILE OUT --format mapped-ram` makes a file that it can"
+        )
 
 
 def _given(opened: Opened, arguments: Sequence[str], program: str | None) -> QEMU:

@@ -47,24 +47,33 @@ def run(arguments: argparse.Namespace) -> int:
 async def save_machine(qmp_path: str, target: FileMigrationArgs, capture: CaptureOptions, display: Display) -> str:
     """Save the machine behind a QMP socket; return one line that says what was done.
 
-    SIGINT, SIGTERM and SIGHUP cancel it: its guest runs on, and nothing is left. Raises CommandError, StateError,
-    QemuError, StorageError or OSError; a former file is then as it was.
+    Raises CommandError, StateError, QemuError, StorageError or OSError; its guest runs on, whatever comes.
     """
-    identity = Identity.of_daemon()
-    guest = Guest(Settings(MigrationParameters(), capture=capture), Machines(Machine(qmp_path, identity)))
+    machine = Machine(qmp_path, Identity.of_daemon())
+    guest = Guest(Settings(MigrationParameters(), capture=capture), Machines(machine))
+    try:
+        return await save_shown(guest, target, display)
+    finally:
+        guest.close()
+
+
+async def save_shown(guest: Guest, target: FileMigrationArgs, display: Display) -> str:
+    """Save a guest that is not mounted, and show how it goes; return one line that says what was done.
+
+    SIGINT, SIGTERM and SIGHUP cancel it, and nothing is left. Raises what `save` does; a former file is then as it
+    was.
+    """
     try:
         with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_cancel_on_signal, guest, signals, display)
                 nursery.start_soon(_show, guest, display)
                 try:
-                    return await save(guest, SaveRequest(target, identity))
+                    return await save(guest, SaveRequest(target, Identity.of_daemon()))
                 finally:
                     nursery.cancel_scope.cancel()
     except BaseExceptionGroup as error:
         raise leading_error(error) from None
-    finally:
-        guest.close()
 
 
 async def _cancel_on_signal(guest: Guest, signals: AsyncIterator[int], display: Display) -> None:

@@ -33,14 +33,15 @@ def check_mappable(fd: int, blocks: Collection[RAMBlock], file_bmaps: Mapping[st
         if block.pages_offset % _MAPPING_ALIGNMENT:
             raise StateError(
                 f"{block.idstr} begins at byte {block.pages_offset:#x}, where nothing can be mapped: "
-                "mount it, and `save` to another name",
+                "`ckptfs export FILE OUT --format mapped-ram` makes one that can",
                 errno.EINVAL,
             )
         page = stale_page(fd, block, file_bmaps[block.idstr])
         if page is not None:
             raise StateError(
                 f"page {page} of {block.idstr} is zeros, and the file has other bytes in its place, as QEMU leaves "
-                "them when it saves a guest that runs: mount it, and `save` to another name makes a clean one",
+                "them when it saves a guest that runs: "
+                "`ckptfs export FILE OUT --format mapped-ram` makes a clean one",
                 errno.EINVAL,
             )
 

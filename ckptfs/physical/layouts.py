@@ -37,6 +37,12 @@ class Layout:
         """Whether any of it is RAM; otherwise it is a text, and stays as it was made."""
         return any(isinstance(extent.content, Region) for extent in self.extents)
 
+    @property
+    def memory(self) -> MemoryMap:
+        """All RAM that is in it, by physical address."""
+        regions = [extent.content for extent in self.extents if isinstance(extent.content, Region)]
+        return MemoryMap(tuple(sorted(regions)), "a file made of it")
+
     def pieces(self, offset: int, length: int) -> Iterator[tuple[int, Content]]:
         """Cut bytes from ``offset`` on, up to the end of the file, into pieces: how long each is, and what."""
         stop = min(offset + length, self.length)

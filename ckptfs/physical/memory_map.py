@@ -84,6 +84,20 @@ class MemoryMap:
         ]
         return "".join(line + "\n" for line in lines)
 
+    @classmethod
+    def of_text(cls, text: str) -> "MemoryMap":
+        """The map that such a file tells. Raises CheckpointError for another text."""
+        lines = [line for line in text.splitlines() if line.startswith("0x")]
+        try:
+            regions = []
+            for line in lines:
+                start, length, rest = line.split(" ", 2)
+                idstr, offset = rest.rsplit(" ", 1)
+                regions.append(Region(int(start, 16), int(length, 16), idstr, int(offset, 16)))
+        except ValueError:
+            raise CheckpointError(f"{line!r} is no line of a memory map") from None
+        return cls(tuple(regions), text.partition("\n")[0].removeprefix("# known from "))
+
 
 def parse_map(entries: Sequence[str], blocks: Mapping[str, RAMBlock]) -> MemoryMap:
     """The map that a user gave: ``ID@ADDR[+LEN][:OFFSET]`` each. Raises CommandError, naming the entry."""

@@ -83,5 +83,5 @@ def test_the_words_name_the_page_and_the_way_out(tmp_path: Path) -> None:
     MigrationFile(blocks=[Block("pc.ram", 16, {3: b"\1"}, stale={5: b"!"})]).write(path)
     with path.open("rb") as opened:
         checkpoint, bitmaps = read_checkpoint(FileSource(opened.fileno()))
-        with pytest.raises(StateError, match=r"page 5 of pc\.ram is zeros.*`save` to another name"):
+        with pytest.raises(StateError, match=r"page 5 of pc\.ram is zeros.*`ckptfs export FILE OUT"):
             check_mappable(opened.fileno(), checkpoint.blocks, bitmaps)
