@@ -44,7 +44,9 @@ class Block:
         self.page_size = page_size
         """Bytes of a page."""
         self.with_data = with_data
+        """The pages that may be other than zeros."""
         self.read_pages = read_pages
+        """Reads pages ``start`` to ``stop``, as a new array."""
         self._mapped = mapped
 
     @property

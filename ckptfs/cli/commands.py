@@ -180,7 +180,15 @@ COMMANDS = (
         "QEMU was saved, if it remembers. "
         "Of a mounted directory: the same, and how its pages stand. Exit code 1: it is no sound checkpoint.",
         (
-            argument("paths", metavar="FILE_OR_DIR", nargs="+", help="a checkpoint, or where one is mounted"),
+            argument("paths", metavar="FILE_OR_DIR", nargs="*", help="a checkpoint, or where one is mounted"),
+            argument("--registers", action="store_true", help="of a FILE: the registers of each vCPU (x86-64)"),
+            argument(
+                "--devices",
+                metavar="NAME",
+                nargs="?",
+                const="",
+                help="of a FILE: the devices in it; with NAME, the fields of that one by name",
+            ),
             OFFSET,
             JSON,
         ),

@@ -17,7 +17,8 @@ from typing import Any
 
 from ckptfs.api.status import is_dead_mount, read_status
 from ckptfs.channels.opened import open_file
-from ckptfs.errors import CkptfsError
+from ckptfs.cli.state import run as run_state
+from ckptfs.errors import CkptfsError, CommandError
 from ckptfs.foreign.content import Content
 from ckptfs.mapped_ram.bitmap import PagesBitmap
 from ckptfs.mapped_ram.checkpoint import Checkpoint
@@ -33,6 +34,12 @@ _UNITS = (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the descriptions of files and mounts; 1 if one of them is none that can be described."""
+    if not arguments.paths and arguments.devices:  # `--devices FILE`: it was no NAME
+        arguments.paths, arguments.devices = [arguments.devices], ""
+    if not arguments.paths:
+        raise CommandError("info: which FILE_OR_DIR?")
+    if arguments.registers or arguments.devices is not None:
+        return run_state(arguments)
     documents, failed = [], False
     for path in arguments.paths:
         try:

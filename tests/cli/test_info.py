@@ -221,7 +221,7 @@ def test_what_is_no_file(tmp_path: Path, run_ckptfs: RunCkptfs) -> None:
     assert run_ckptfs("info", tmp_path, code=1).stderr == f"{tmp_path}: no guest's RAM is mounted here\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["inf"], ["info"], ["info", "file", "--offset", "3x"]], ids=str)
+@pytest.mark.parametrize("arguments", [[], ["inf"], ["info", "file", "--offset", "3x"]], ids=str)
 def test_wrong_usage(arguments: list[str], run_ckptfs: RunCkptfs) -> None:
     result = run_ckptfs(*arguments, code=2)
     assert result.stdout == ""

@@ -16,6 +16,7 @@ def test_ram_without_a_guest(run: Run) -> None:
     assert "the checkpoint is 257 MiB long and takes 64 MiB of disk" in printed
     assert "one page of zeros was read: 0 pages came from the checkpoint" in printed
     assert "all of it was read, and is as it was saved: 16384" in printed
+    assert "in the file, 16384 of 65536 pages hold data" in printed
 
 
 def test_looking_into_checkpoints_of_qemu(run: Run) -> None:
