@@ -205,8 +205,8 @@ COMMANDS = (
             argument(
                 "--share",
                 choices=("on", "off"),
-                help="on: the guest writes into this mount (the default); off: into memory of its own, so that "
-                "many guests run on one mount (the default of a mount with ro)",
+                help="where the guest writes: into this mount (on, the default), or into memory of its own (off, "
+                "the default of a mount with ro), so that many guests run on one mount",
             ),
             argument(
                 "--nodes",

@@ -10,10 +10,12 @@ import pwd
 import stat
 import sys
 from collections.abc import Callable
+from textwrap import fill
 from typing import NoReturn
 
 import trio
 
+from ckptfs import __version__
 from ckptfs.channels.descriptors import Descriptors
 from ckptfs.channels.identity import Identity
 from ckptfs.channels.target import wait_for_saves
@@ -27,8 +29,10 @@ from ckptfs.guest.machine import Machine, Machines
 from ckptfs.guest.opening import open_checkpoint
 from ckptfs.guest.settings import Settings
 from ckptfs.migration.address import FdAddress, FileMigrationArgs, SeekableAddress, parse_target, seekable_file
+from ckptfs.migration.capabilities import CAPABILITIES
 from ckptfs.migration.capture import CaptureOptions
-from ckptfs.namespace.options import MountOptions, parse_options
+from ckptfs.migration.parameters import PARAMETERS
+from ckptfs.namespace.options import OPTIONS, MountOptions, parse_options
 
 EXIT_USAGE = 1
 EXIT_SYSTEM = 2
@@ -48,26 +52,45 @@ class _Parser(argparse.ArgumentParser):
         sys.exit(EXIT_USAGE)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def parser() -> argparse.ArgumentParser:
+    """The parser of mount.ckptfs: mount(8)'s flags, and what -o takes."""
+    whole = _Parser(
         prog="mount.ckptfs",
         description="Mount a virtual machine's memory: a checkpoint in QEMU's mapped-ram format, or fresh RAM.",
+        epilog=_options_help(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("spec", metavar="SPEC", help="checkpoint file: PATH, file:PATH[,offset=SIZE], or none")
-    parser.add_argument("directory", metavar="DIR", help="where to mount it")
-    parser.add_argument("-o", dest="options", action="append", default=[], metavar="OPT[,OPT...]")
-    parser.add_argument("-s", dest="sloppy", action="store_true", help="ignore options that are not known")
-    parser.add_argument("-f", dest="fake", action="store_true", help="check everything, mount nothing")
-    parser.add_argument("-n", action="store_true", help="ignored: there is no mtab to write")
-    parser.add_argument("-v", action="store_true", help="ignored: success is silent")
-    parser.add_argument("-N", metavar="NAMESPACE", help="mount in another mount namespace (a path)")
-    parser.add_argument("-t", metavar="TYPE", help="ignored: the type is ckptfs")
-    return parser
+    whole.add_argument("-V", "--version", action="version", version=f"mount.ckptfs {__version__}")
+    whole.add_argument("spec", metavar="SPEC", help="checkpoint file: PATH, file:PATH[,offset=SIZE], or none")
+    whole.add_argument("directory", metavar="DIR", help="where to mount it")
+    whole.add_argument(
+        "-o", dest="options", action="append", default=[], metavar="OPT[,OPT...]", help="mount options"
+    )
+    whole.add_argument("-s", dest="sloppy", action="store_true", help="ignore options that are not known")
+    whole.add_argument("-f", dest="fake", action="store_true", help="check everything, mount nothing")
+    whole.add_argument("-n", action="store_true", help="ignored: there is no mtab to write")
+    whole.add_argument("-v", action="store_true", help="ignored: success is silent")
+    whole.add_argument("-N", metavar="NAMESPACE", help="mount in another mount namespace (a path)")
+    whole.add_argument("-t", metavar="TYPE", help="ignored: the type is ckptfs")
+    return whole
+
+
+def _options_help() -> str:
+    """All mount options, for --help."""
+    lines = ["mount options (mount.ckptfs(8) tells more):"]
+    for option in OPTIONS:
+        term = f"  {option.name}={option.value}" if option.value else f"  {option.name}"
+        text = fill(option.meaning.replace("`", ""), 78, initial_indent=" " * 24, subsequent_indent=" " * 24)
+        lines += [f"{term:23} {text.lstrip()}"] if len(term) < 24 else [term, text]
+    for title, names in (("migration parameters", PARAMETERS), ("migration capabilities, on or off", CAPABILITIES)):
+        text = ", ".join(name.replace("-", "_") for name in names)
+        lines += ["", f"{title}:", fill(text, 78, initial_indent="  ", subsequent_indent="  ")]
+    return "\n".join(lines)
 
 
 def main() -> int:
     """Run mount.ckptfs; returns mount(8)'s exit code."""
-    arguments = _parser().parse_args()
+    arguments = parser().parse_args()
     try:
         options = parse_options(arguments.options, sloppy=arguments.sloppy)
         spec = _parse_spec(arguments.spec, options)

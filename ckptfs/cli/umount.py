@@ -10,6 +10,7 @@ import select
 import subprocess
 import sys
 
+from ckptfs import __version__
 from ckptfs.api.status import Status, is_dead_mount, read_status
 from ckptfs.cli.control import perform, wait_until_idle
 from ckptfs.cli.progress import Lines, display_for, tell
@@ -43,6 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
 def main() -> int:
     """Run as /sbin/umount.fuse.ckptfs; returns umount(8)'s exit code."""
     parser = argparse.ArgumentParser(prog="umount.fuse.ckptfs", description="The helper of umount(8) for ckptfs.")
+    parser.add_argument("--version", action="version", version=f"umount.fuse.ckptfs {__version__}")
     parser.add_argument("directory", metavar="DIR")
     for flag in ("-f", "-l", "-n", "-r", "-v"):
         parser.add_argument(flag, action="append_const", dest="flags", const=flag, default=[])

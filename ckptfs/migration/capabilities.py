@@ -14,12 +14,14 @@ from ckptfs.errors import CommandError, StateError
 
 @dataclass(frozen=True)
 class Capability:
-    """What is known of one capability.
+    """What is known of one capability: what it means, or why it has no meaning here.
 
     ``no_effect``: why it may be on and does nothing here. ``unsupported``: why it cannot be on.
     """
 
     name: str
+    default: bool
+    meaning: str = ""
     no_effect: str = ""
     unsupported: str = ""
 
@@ -30,7 +32,7 @@ class Capability:
 
 
 def _capability(name: str, default: bool = False, **known: str) -> Any:
-    return field(default=default, metadata={"capability": Capability(name, **known)})
+    return field(default=default, metadata={"capability": Capability(name, default, **known)})
 
 
 _NO_SOCKET = "it is for sockets, a checkpoint is a file"
@@ -46,7 +48,7 @@ class MigrationCapabilities:
     rdma_pin_all: bool = _capability("rdma-pin-all", no_effect="there is no RDMA here")
     auto_converge: bool = _capability("auto-converge", no_effect="a save always converges")
     zero_blocks: bool = _capability("zero-blocks", no_effect=_NO_DISKS)
-    events: bool = _capability("events", default=True)
+    events: bool = _capability("events", default=True, meaning="Tell of migrations in the file `events`.")
     postcopy_ram: bool = _capability("postcopy-ram", unsupported=_ALWAYS_LAZY)
     x_colo: bool = _capability("x-colo", unsupported="COLO needs a second machine")
     release_ram: bool = _capability("release-ram", no_effect="the guest goes on using its RAM after a save")
@@ -54,12 +56,23 @@ class MigrationCapabilities:
     pause_before_switchover: bool = _capability(
         "pause-before-switchover", unsupported="there is no switchover: the guest stays where it is"
     )
-    multifd: bool = _capability("multifd", default=True)
+    multifd: bool = _capability(
+        "multifd",
+        default=True,
+        meaning="Write with several channels (parameter `multifd-channels`), and with O_DIRECT.",
+    )
     dirty_bitmaps: bool = _capability("dirty-bitmaps", unsupported=_NO_DISKS)
     postcopy_blocktime: bool = _capability("postcopy-blocktime", no_effect="status reports waiting readers")
     late_block_activate: bool = _capability("late-block-activate", no_effect=_NO_DISKS)
-    x_ignore_shared: bool = _capability("x-ignore-shared")
-    validate_uuid: bool = _capability("validate-uuid")
+    x_ignore_shared: bool = _capability(
+        "x-ignore-shared",
+        meaning="Leave out of a checkpoint the RAM that its base leaves out as well: it is in a file of its own"
+        " (mount option `shared`).",
+    )
+    validate_uuid: bool = _capability(
+        "validate-uuid",
+        meaning="Keep the guest's UUID in the checkpoint, and refuse one with another UUID (mount option `uuid`).",
+    )
     background_snapshot: bool = _capability(
         "background-snapshot",
         unsupported="it writes no bitmaps with mapped-ram, and a guest runs on during every save anyway",
@@ -68,7 +81,12 @@ class MigrationCapabilities:
     postcopy_preempt: bool = _capability("postcopy-preempt", unsupported=_ALWAYS_LAZY)
     switchover_ack: bool = _capability("switchover-ack", unsupported="a file does not answer")
     dirty_limit: bool = _capability("dirty-limit", unsupported="it needs KVM's dirty ring")
-    mapped_ram: bool = _capability("mapped-ram", default=True)
+    mapped_ram: bool = _capability(
+        "mapped-ram",
+        default=True,
+        meaning="Give each page its place in the file. Off: a save writes a plain migration stream, which is read"
+        " from its beginning to its end.",
+    )
 
     def get(self, name: str) -> bool:
         """Whether the capability is on."""

@@ -61,11 +61,12 @@ class MigMode(StrEnum):
 
 @dataclass(frozen=True)
 class Parameter:
-    """What is known of one parameter. ``no_effect`` says why it does nothing here; empty if it works."""
+    """What is known of one parameter: what it means, or (``no_effect``) why it does nothing here."""
 
     name: str
     kind: Kind
     default: ParameterValue
+    meaning: str = ""
     expects: str = ""
     """What QEMU says after the name when the value is out of range."""
     minimum: int = 0
@@ -239,7 +240,14 @@ class MigrationParameters:
     )
     tls_creds: str = _parameter("tls-creds", Kind.STRING, "", no_effect=_NO_TLS)
     tls_hostname: str = _parameter("tls-hostname", Kind.STRING, "", no_effect=_NO_TLS)
-    max_bandwidth: int = _parameter("max-bandwidth", Kind.BANDWIDTH, 0, unit="bytes/second", while_running=True)
+    max_bandwidth: int = _parameter(
+        "max-bandwidth",
+        Kind.BANDWIDTH,
+        0,
+        meaning="How fast a save may write; 0: as fast as it can. A change counts at once.",
+        unit="bytes/second",
+        while_running=True,
+    )
     avail_switchover_bandwidth: int = _parameter(
         "avail-switchover-bandwidth", Kind.BANDWIDTH, 0, unit="bytes/second", no_effect=_NO_DOWNTIME
     )
@@ -257,13 +265,18 @@ class MigrationParameters:
         "multifd-channels",
         Kind.UINT8,
         4,
+        meaning="How many channels read and write at the same time. A change counts for the next save or restore.",
         minimum=1,
         maximum=255,
         expects="expects a value between 1 and 255",
         while_running=True,
     )
     multifd_compression: MultiFDCompression = _parameter(  # noqa: RUF009 a field
-        "multifd-compression", Kind.ENUM, MultiFDCompression.NONE, values=MultiFDCompression
+        "multifd-compression",
+        Kind.ENUM,
+        MultiFDCompression.NONE,
+        meaning="Only `none`: each page has its place in the file, in its full size.",
+        values=MultiFDCompression,
     )
     multifd_zlib_level: int = _parameter(
         "multifd-zlib-level",
@@ -294,7 +307,12 @@ class MigrationParameters:
         no_effect=_NO_COMPRESSION,
     )
     zero_page_detection: ZeroPageDetection = _parameter(  # noqa: RUF009 a field
-        "zero-page-detection", Kind.ENUM, ZeroPageDetection.MULTIFD, values=ZeroPageDetection
+        "zero-page-detection",
+        Kind.ENUM,
+        ZeroPageDetection.MULTIFD,
+        meaning="Who looks for pages of zeros, which are not stored: `multifd` (the channels), `legacy` (whoever"
+        " reads the pages), or `none` (nobody: they are stored).",
+        values=ZeroPageDetection,
     )
     xbzrle_cache_size: int = _parameter(
         "xbzrle-cache-size",
@@ -326,8 +344,16 @@ class MigrationParameters:
         unit="MB/s",
         no_effect=_NO_DIRTY_LIMIT,
     )
-    mode: MigMode = _parameter("mode", Kind.ENUM, MigMode.NORMAL, values=MigMode)  # noqa: RUF009 a field
-    direct_io: bool = _parameter("direct-io", Kind.BOOL, True)
+    mode: MigMode = _parameter(  # noqa: RUF009 a field
+        "mode", Kind.ENUM, MigMode.NORMAL, meaning="Only `normal`.", values=MigMode
+    )
+    direct_io: bool = _parameter(
+        "direct-io",
+        Kind.BOOL,
+        True,
+        meaning="Read and write checkpoints with O_DIRECT. By default where the file system can; if it was"
+        " switched on by name, a save fails where it can't.",
+    )
     explicit: frozenset[str] = frozenset()
 
     @property

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import Enum, StrEnum
+from textwrap import fill
 
 from ckptfs.errors import CommandError
 from ckptfs.migration.address import SeekableAddress, parse_migrate_json, parse_target, parse_uri, seekable_file
@@ -209,7 +210,11 @@ def markdown() -> str:
         f"| {'<br>'.join(f'`{_escaped(usage)}`' for usage in _usages(grammar))} | {grammar.meaning} |\n"
         for grammar in GRAMMAR
     )
-    return f"{_MARKDOWN_HEAD}\n| command | meaning |\n|---|---|\n{rows}"
+    paragraphs = (
+        text if text.startswith(" ") else fill(text, 116, break_long_words=False, break_on_hyphens=False)
+        for text in ("# ctl", *INTRODUCTION, "This file is made by `ckptfs.namespace.ctl.markdown()`.")
+    )
+    return "\n\n".join(paragraphs) + f"\n\n| command | meaning |\n|---|---|\n{rows}"
 
 
 class _UsageError(Exception):
@@ -510,20 +515,18 @@ _ONLY_QEMUS = {
 }
 """What else a user of QEMU's monitor might try, and what to know or to do instead."""
 
-_MARKDOWN_HEAD = """\
-# ctl
-
-One command a write; `write` returns when the command has ended. Failure is the write's errno (EINVAL unknown or
-malformed command, EBUSY a migration is running, ECANCELED after a cancel, EPERM in a read-only mount, ESTALE the
-mounted file is not the one that this mount knows, or what the backing storage said), and the words behind it are
-read from the same open file:
-
-    exec 3<>ctl; echo save >&3; cat <&3
-
-A program that must not stand in the kernel meanwhile opens ctl with O_NONBLOCK: the write takes the command and
-returns at once, poll(2) tells (POLLIN) when the answer can be read, `ok ...` or `error: ...`, and until then read
-and write fail with EAGAIN. The command goes on when the file is closed. `ckptfs save` and its like work this way.
-
-Words are separated by spaces and quoted as in a shell: `save "/ckpt/my vm"`. SIZE, START and LENGTH are written as
-in QEMU: `4096`, `0x1000`, `4k`, `1.5G`. This file is made by `ckptfs.namespace.ctl.markdown()`.
-"""
+INTRODUCTION = (
+    "One command a write; `write` returns when the command has ended. If it fails, so does the write: EINVAL"
+    " (unknown or malformed command), EBUSY (a migration is running), ECANCELED (after `cancel`), EPERM (a"
+    " read-only mount), ESTALE (the mounted file is not the one that this mount knows), or what the storage said."
+    " The words behind the errno are read from the same open file:",
+    "    exec 3<>ctl; echo save >&3; cat <&3",
+    "A program that must not wait inside a write opens ctl with O_NONBLOCK: the write takes the command and returns"
+    " at once, and poll(2) tells (POLLIN) when the answer can be read, `ok ...` or `error: ...`. Until then read"
+    " and write fail with EAGAIN. The command goes on when the file is closed. `ckptfs save` and its like work"
+    " this way.",
+    'Words are separated by spaces and quoted as in a shell: `save "/ckpt/my vm"`. SIZE, START and LENGTH are'
+    " written"
+    " as in QEMU: `4096`, `0x1000`, `4k`, `1.5G`.",
+)
+"""What there is to know of all commands: paragraphs, of which the indented one is a line for a shell."""

@@ -1,11 +1,4 @@
-"""What the mount looks like, here and only here.
-
-::
-
-    ctl  status  status.json  events  vmstate      files (vmstate only where there is device state)
-    ram/NAME  pages/NAME                           one each for every RAM block
-    parameters/NAME  capabilities/NAME             one each for all that QEMU knows
-    views/NAME                                     memory as debuggers open it, as far as it can be made
+"""What the mount looks like, here and only here: `FILES` says what there is.
 
 Inode numbers are fixed for the life of the mount, but those of ctl (`Tree.entry`) and of views: the fixed nodes
 have theirs, parameters and capabilities are numbered in QEMU's order, blocks in the order in which they were added.
@@ -13,7 +6,7 @@ Sizes are no business of the tree.
 """
 
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from enum import Enum, auto
 from errno import EEXIST, ENAMETOOLONG
@@ -106,6 +99,36 @@ _FIXED = [
         for i, name in enumerate(CAPABILITIES)
     ),
 ]
+
+
+FILES = (
+    ("ctl", "rw", "Commands: write one, read its answer."),
+    ("status", "r", "How the mount stands, a line `KEY VALUE` each. poll(2) tells (POLLPRI) when it has changed."),
+    ("status.json", "r", "The same as JSON, and each block by itself."),
+    (
+        "events",
+        "r",
+        "What happens from the moment of the open on, a line each. `tail -f` follows it, and so does poll(2).",
+    ),
+    ("vmstate", "r", "What QEMU's `-incoming file:` takes, where the checkpoint is that of a machine."),
+    (
+        "ram/NAME",
+        "rw",
+        "A RAM block: its size is the block's, and st_blocks what is stored of it. Works with read, write, mmap"
+        " (private and shared), fsync and O_DIRECT. What is written is the guest's own until a save: the checkpoint"
+        " that it came from never changes. In a new guest, `truncate -s 1G DIR/ram/pc.ram` makes a block.",
+    ),
+    ("pages/NAME", "r", "How its pages stand, one byte a page."),
+    ("parameters/NAME", "rw", "A migration parameter: its value. Bandwidths count in bytes a second."),
+    ("capabilities/NAME", "rw", "A migration capability: `on` or `off`."),
+    (
+        "views/NAME",
+        "r",
+        "The checkpoint's memory as debuggers open it, as far as it can be made (`views-missing` in `status`).",
+    ),
+)
+"""What a user sees, in the order of the manual: path, access, and what it is. Directories are for all of their"
+" files."""
 
 
 class Tree:
@@ -220,19 +243,36 @@ class Tree:
         return node
 
 
+@dataclass(frozen=True)
+class ExtendedAttribute:
+    """``user.ckptfs.NAME`` of ram/NAME and pages/NAME."""
+
+    name: str
+    unit: str
+    meaning: str
+    value: Callable[[BlockStatus], str | int]
+
+
+XATTRS = (
+    ExtendedAttribute("idstr", "", "QEMU's name of the block, as it is.", lambda block: block.idstr),
+    ExtendedAttribute("page_size", "bytes", "The size of its pages.", lambda block: block.page_size),
+    ExtendedAttribute("page_count", "pages", "All of its pages.", lambda block: block.page_count),
+    ExtendedAttribute("used_length", "bytes", "Its size.", lambda block: block.used_length),
+    ExtendedAttribute("zero_pages", "pages", "Pages of zeros.", lambda block: block.zero_pages),
+    ExtendedAttribute(
+        "checkpoint_pages",
+        "pages",
+        "In the checkpoint, and not read yet.",
+        lambda block: block.checkpoint_pages,
+    ),
+    ExtendedAttribute("read_pages", "pages", "Read from the checkpoint.", lambda block: block.read_pages),
+    ExtendedAttribute("written_pages", "pages", "Written since.", lambda block: block.written_pages),
+)
+
+
 def ram_xattrs(block: BlockStatus) -> dict[bytes, bytes]:
     """The extended attributes of ram/NAME and pages/NAME: the plain idstr, sizes and counts."""
-    values: dict[str, str | int] = {
-        "idstr": block.idstr,
-        "page_size": block.page_size,
-        "page_count": block.page_count,
-        "used_length": block.used_length,
-        "zero_pages": block.zero_pages,
-        "checkpoint_pages": block.checkpoint_pages,
-        "read_pages": block.read_pages,
-        "written_pages": block.written_pages,
-    }
     return {
-        XATTR_PREFIX + name.encode(): str(value).encode("utf-8", "surrogateescape")
-        for name, value in values.items()
+        XATTR_PREFIX + attribute.name.encode(): str(attribute.value(block)).encode("utf-8", "surrogateescape")
+        for attribute in XATTRS
     }
