@@ -189,6 +189,7 @@ COMMANDS = (
                 const="",
                 help="of a FILE: the devices in it; with NAME, the fields of that one by name",
             ),
+            argument("--xml", action="store_true", help="of a FILE: the XML of libvirt's domain alone"),
             OFFSET,
             JSON,
         ),

@@ -18,8 +18,9 @@ from typing import Any
 from ckptfs.api.status import is_dead_mount, read_status
 from ckptfs.channels.opened import open_file
 from ckptfs.cli.state import run as run_state
-from ckptfs.errors import CkptfsError, CommandError
+from ckptfs.errors import CkptfsError, CommandError, StateError
 from ckptfs.foreign.content import Content
+from ckptfs.foreign.libvirt import Domain
 from ckptfs.mapped_ram.bitmap import PagesBitmap
 from ckptfs.mapped_ram.checkpoint import Checkpoint
 from ckptfs.mapped_ram.ramblock import RAMBlock
@@ -43,7 +44,10 @@ def run(arguments: argparse.Namespace) -> int:
     documents, failed = [], False
     for path in arguments.paths:
         try:
-            documents.append(describe(path, arguments.offset))
+            if arguments.xml:
+                print(_xml(path, arguments.offset).rstrip("\n"))
+            else:
+                documents.append(describe(path, arguments.offset))
         except (CkptfsError, OSError) as error:
             print(error if isinstance(error, CkptfsError) else f"{path}: {error.strerror}", file=sys.stderr)
             failed = True
@@ -59,6 +63,17 @@ def describe(path: str, stream_offset: int) -> Document:
     if os.path.isdir(path) or is_dead_mount(path):
         return describe_mount(path)
     return describe_file(path, stream_offset)
+
+
+def _xml(path: str, offset: int) -> str:
+    """The XML of the domain in a file. Raises StateError where it is not known, and whatever `open_file` raises."""
+    with open_file(path, offset) as opened:
+        domain = Domain.of(opened.trailer)
+    if domain is None:
+        raise StateError(
+            f"{path}: knows no domain of libvirt: it is no save image, nor was it saved through libvirt"
+        )
+    return domain.xml
 
 
 def format_document(document: Document) -> str:
@@ -94,6 +109,19 @@ def describe_file(path: str, stream_offset: int) -> Document:
         "device-state-length": checkpoint.device_state_length,
         "vmdesc": _describe_vmdesc(checkpoint),
         "trailer": _describe_trailer(content),
+        "libvirt": _describe_libvirt(content),
+    }
+
+
+def _describe_libvirt(content: Content) -> Document | None:
+    """The domain that it is of; ``format`` and ``was-running`` are those of a save image's header."""
+    domain, image = Domain.of(content.trailer), content.image
+    if domain is None:
+        return None
+    return {
+        "domain": None if domain.name is None else printable(domain.name),
+        "format": None if image is None else image.kind,
+        "was-running": None if image is None else image.was_running,
     }
 
 
@@ -162,6 +190,7 @@ def format_file(document: Document) -> str:
         f"stream   bytes {document['offset']:#x} to {document['end']:#x} of {document['length']:#x}"
         + ("" if document["stored"] is None else f", {size_text(document['stored'])} stored"),
         *_saved_machine(document["trailer"]),
+        *_domain(document["libvirt"]),
         *_table(document["blocks"], ("data-pages", "zero-pages")),
     ]
     if document["devices"] is None:
@@ -184,6 +213,15 @@ def _saved_machine(trailer: Document) -> list[str]:
         printable(f"saved    {when} on {machine['host']} by ckptfs {machine['ckptfs']}, QEMU {machine['qemu']}"),
         printable(f"command  {command}"),
     ]
+
+
+def _domain(libvirt: Document | None) -> list[str]:
+    if libvirt is None:
+        return []
+    words = [] if libvirt["format"] is None else [f"save image ({libvirt['format']})"]
+    if libvirt["was-running"] is not None:
+        words.append("was running" if libvirt["was-running"] else "was paused")
+    return [f"domain   {', '.join([libvirt['domain'] or 'unknown', *words])}"]
 
 
 def _completeness(document: Document) -> str:

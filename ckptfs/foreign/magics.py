@@ -17,10 +17,6 @@ _STREAM = struct.pack(">IIB", MAGIC, VERSION, SectionType.CONFIGURATION)
 _ET_CORE = 4
 _QCOW2_SNAPSHOTS = 60  # be32 nb_snapshots, docs/interop/qcow2.rst
 
-LIBVIRT_HEADER_LENGTH = 92
-LIBVIRT_FORMATS = ("raw", "gzip", "bzip2", "xz", "lzop", "zstd", "sparse")
-"""By the number in the header (src/qemu/qemu_saveimage.h, 11.3)."""
-
 _VMWARE = (0xBED2BED0, 0xBAD1BAD1, 0xBED2BED2, 0xBED3BED3)
 """Of .vmss and .vmsn, as volatility3 knows them (layers/vmware.py)."""
 
@@ -70,23 +66,7 @@ def _qcow2(head: bytes) -> str:
     return f"a qcow2 disk image: {_DISK}"
 
 
-def _libvirt(head: bytes) -> str:
-    order = "<" if head[16:20] == b"\2\0\0\0" else ">"
-    _, length, _, number = struct.unpack_from(f"{order}4I", head.ljust(LIBVIRT_HEADER_LENGTH, b"\0"), 16)
-    kind = LIBVIRT_FORMATS[number] if number < len(LIBVIRT_FORMATS) else f"number {number}"
-    if kind in ("raw", "sparse"):
-        where = LIBVIRT_HEADER_LENGTH + length
-        return (
-            f"a save image of libvirt ({kind}): its checkpoint is at byte {where}, as in file:PATH,offset={where}"
-        )
-    return (
-        f"a save image of libvirt, packed ({kind}): `virsh restore` it, and save it again with "
-        'save_image_format = "sparse" or "raw" in /etc/libvirt/qemu.conf'
-    )
-
-
 TABLE = (
-    Row(b"LibvirtQemudSave", _libvirt),
     Row(b"LibvirtQemudPart", "a save image that libvirt has not finished: the save failed, or still runs"),
     Row(b"\x1f\x8b", f"a gzip file: {_UNPACK} (gunzip)"),
     Row(b"\x28\xb5\x2f\xfd", f"a zstd file: {_UNPACK} (unzstd)"),

@@ -47,8 +47,9 @@ class Checkpoint:
     the RAM section. The device state, ``device_state_length`` bytes at ``device_state_offset``, is all that follows
     the RAM section up to and including the vmdesc, but without that if the file ends inside it (``vmdesc_cut``). If
     ``opaque``, there is device state but its sections could not be told apart, and it is taken to reach to the end
-    of the file. ``run_state`` is the source's, as the section globalstate has it ("running", "paused", ...), or
-    None without one. ``vmdesc`` is None also where there is one (``has_vmdesc``) that can't be read.
+    of the file. ``run_state`` is the source's, as the section globalstate has it ("running", "paused", ...), or as
+    whoever wrote the file says beside the stream; None without that section. ``vmdesc`` is None also where there is
+    one (``has_vmdesc``) that can't be read.
     """
 
     stream_offset: int
@@ -190,8 +191,12 @@ def read_setup(source: Source, checkpoint: Checkpoint) -> bytes:
 
 
 def read_device_state(source: Source, checkpoint: Checkpoint) -> bytes:
-    """The device state, verbatim: ``device_state_length`` bytes."""
-    return _read_verbatim(source, checkpoint.device_state_offset, checkpoint.device_state_length)
+    """The device state, ``device_state_length`` bytes: verbatim, but for the run state that the checkpoint has."""
+    state = _read_verbatim(source, checkpoint.device_state_offset, checkpoint.device_state_length)
+    if checkpoint.run_state in (None, _read_run_state(source, checkpoint.sections)):
+        return state
+    assert checkpoint.run_state is not None
+    return with_run_state(state, checkpoint, checkpoint.run_state)
 
 
 def with_run_state(device_state: bytes, checkpoint: Checkpoint, run_state: str) -> bytes:

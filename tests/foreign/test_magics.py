@@ -4,7 +4,6 @@ import bz2
 import gzip
 import io
 import lzma
-import struct
 import subprocess
 import tarfile
 import time
@@ -141,24 +140,6 @@ def test_raw_memory_of_a_pc() -> None:
 def test_an_elf_program() -> None:
     with open("/proc/self/exe", "rb") as file:
         assert named(file.read()) == "this is an ELF program or library, not a checkpoint"
-
-
-def libvirt(number: int, order: str = "<") -> bytes:
-    """A save image of libvirt 11.3, as far as its header and XML."""
-    xml = b"<domain/>\0".ljust(1000, b"\0")
-    header = b"LibvirtQemudSave" + struct.pack(f"{order}5I", 2, len(xml), 1, number, 9) + bytes(14 * 4)
-    assert len(header) == 92
-    return header + xml
-
-
-@pytest.mark.parametrize("order", ["<", ">"])
-def test_a_save_image_of_libvirt(order: str) -> None:
-    for number, kind in ((0, "raw"), (6, "sparse")):
-        where = "its checkpoint is at byte 1092, as in file:PATH,offset=1092"
-        assert named(libvirt(number, order) + CHECKPOINT) == f"this is a save image of libvirt ({kind}): {where}"
-    assert named(libvirt(5, order)).startswith("this is a save image of libvirt, packed (zstd): `virsh restore` it")
-    assert named(libvirt(77, order)).startswith("this is a save image of libvirt, packed (number 77)")
-    assert "has not finished" in named(b"LibvirtQemudPart" + libvirt(0)[16:])
 
 
 def test_a_stream_at_another_offset() -> None:

@@ -73,8 +73,8 @@ class Libvirtd:
         """Where managed saves are."""
         self.hooks.mkdir()
         self.memory.mkdir()
-        self._configure("qemu", _QEMU_CONF.format(memory=self.memory))
-        self._configure("libvirtd", _LIBVIRTD_CONF.format(log=self._state / "libvirtd.log"))
+        self.configure("qemu", "")
+        self.configure("libvirtd", _LIBVIRTD_CONF.format(log=self._state / "libvirtd.log"))
         self._programs = self._state / "bin"
         self._programs.mkdir()
         self.emulator = self._programs / PROGRAMS[0]
@@ -85,8 +85,10 @@ class Libvirtd:
         self._pidfd = -1
         self._keepers: list[subprocess.Popen[bytes]] = []
 
-    def _configure(self, name: str, text: str) -> None:
-        (self._state / "etc" / f"{name}.conf").write_text(text)
+    def configure(self, name: str, text: str) -> None:
+        """Write a file of its configuration, which counts from the next start on."""
+        basis = _QEMU_CONF.format(memory=self.memory) if name == "qemu" else ""
+        (self._state / "etc" / f"{name}.conf").write_text(basis + text)
 
     def start(self) -> None:
         """Returns when it answers."""
