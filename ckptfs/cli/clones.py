@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 
 import trio
 
-from ckptfs.guest.migration import leading_error
+from ckptfs.channels.nursery import open_nursery
 from ckptfs.qemu.clones import Clone
 from ckptfs.qemu.herd import Member, end, start, wait_until_ended, wait_until_running
 
@@ -15,16 +15,13 @@ def run_clones(clones: Sequence[Clone], command: Callable[[Clone], list[str]], d
 
     Raises QemuError, when all others have been ended, for one that ends before it runs; OSError.
     """
-    try:
-        trio.run(_run, clones, command, descriptors)
-    except BaseExceptionGroup as group:
-        raise leading_error(group) from None
+    trio.run(_run, clones, command, descriptors)
 
 
 async def _run(clones: Sequence[Clone], command: Callable[[Clone], list[str]], descriptors: Sequence[int]) -> None:
     members: list[Member] = []
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
-        async with trio.open_nursery() as nursery:
+        async with open_nursery() as nursery:
             nursery.start_soon(_cancel_on_signal, signals, nursery.cancel_scope)
             try:
                 for clone in clones:

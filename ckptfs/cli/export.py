@@ -22,6 +22,7 @@ from ckptfs.api.status import Status, is_dead_mount, read_status
 from ckptfs.channels.backing_file import DirectIO
 from ckptfs.channels.descriptors import Descriptors
 from ckptfs.channels.identity import Identity
+from ckptfs.channels.nursery import leading_error
 from ckptfs.channels.output import FileOutput, StreamOutput
 from ckptfs.cli.control import perform
 from ckptfs.cli.info import size_text
@@ -31,7 +32,6 @@ from ckptfs.errors import CkptfsError, CommandError, StateError, StorageError
 from ckptfs.guest.base import Base, BaseOptions
 from ckptfs.guest.export import Exported, GuestMemory, Memory, write_layout
 from ckptfs.guest.guest import Guest
-from ckptfs.guest.migration import leading_error
 from ckptfs.guest.opening import open_checkpoint
 from ckptfs.guest.views import look
 from ckptfs.guest.vmstate import memory_on

@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator
 import trio
 
 from ckptfs.channels.identity import Identity
+from ckptfs.channels.nursery import open_nursery
 from ckptfs.cli import operate
 from ckptfs.cli.progress import CANCELLING, Display, display_for, tell
 from ckptfs.errors import CommandError
 from ckptfs.fuse.report import query_migrate
 from ckptfs.guest.guest import Guest
 from ckptfs.guest.machine import Machine, Machines
-from ckptfs.guest.migration import leading_error
 from ckptfs.guest.saving import SaveRequest, save
 from ckptfs.guest.settings import Settings
 from ckptfs.migration.address import FdAddress, FileMigrationArgs, parse_target, seekable_file
@@ -63,17 +63,14 @@ async def save_shown(guest: Guest, target: FileMigrationArgs, display: Display) 
     SIGINT, SIGTERM and SIGHUP cancel it, and nothing is left. Raises what `save` does; a former file is then as it
     was.
     """
-    try:
-        with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_cancel_on_signal, guest, signals, display)
-                nursery.start_soon(_show, guest, display)
-                try:
-                    return await save(guest, SaveRequest(target, Identity.of_daemon()))
-                finally:
-                    nursery.cancel_scope.cancel()
-    except BaseExceptionGroup as error:
-        raise leading_error(error) from None
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+        async with open_nursery() as nursery:
+            nursery.start_soon(_cancel_on_signal, guest, signals, display)
+            nursery.start_soon(_show, guest, display)
+            try:
+                return await save(guest, SaveRequest(target, Identity.of_daemon()))
+            finally:
+                nursery.cancel_scope.cancel()
 
 
 async def _cancel_on_signal(guest: Guest, signals: AsyncIterator[int], display: Display) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import trio
 
+from ckptfs.channels.nursery import leading_error
 from ckptfs.errors import StateError, StorageError
 from ckptfs.guest.outgoing import Progress
 from ckptfs.migration.status import RUNNING, MigrationStatus, next_status
@@ -134,11 +135,3 @@ class Migrations:
             migration.cancel_scope.cancel()
         await migration.over.wait()
         return f"{migration.kind} {migration.status}"
-
-
-def leading_error(error: BaseException) -> BaseException:
-    """The error that matters in a group of them: the first that is no consequence of the others' end."""
-    if not isinstance(error, BaseExceptionGroup):
-        return error
-    leaves = [leading_error(inner) for inner in error.exceptions]
-    return next((leaf for leaf in leaves if not isinstance(leaf, trio.Cancelled)), leaves[0])

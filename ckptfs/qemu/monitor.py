@@ -32,6 +32,8 @@ _LAST_CHANCE = 1.0
 _ONE_AT_A_TIME = "it serves one client at a time: give QEMU a second -qmp, for ckptfs alone"
 _START_OR_LET_GO = ": start QEMU with it as its -qmp (a mount lets go of it with `qmp none`)"
 
+log = logging.getLogger(__name__)
+
 # what the library would log comes as an exception as well
 logging.getLogger("qemu.qmp").setLevel(logging.CRITICAL + 1)
 
@@ -205,9 +207,13 @@ async def _greet(
 
 
 async def _disconnect(client: QMPClient) -> None:
-    """End the session; how the connection has ended before does not matter any more."""
-    with contextlib.suppress(Exception):
+    """End the session; how the connection has ended before is told here, and does not matter any more."""
+    try:
         await client.disconnect()
+    except EOFError:
+        pass  # QEMU has ended it
+    except Exception as error:  # noqa: BLE001 - whatever the library found
+        log.info("QMP: the connection ended: %s", str(error) or type(error).__name__)
 
 
 async def _run_in(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> T:

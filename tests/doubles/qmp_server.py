@@ -174,7 +174,10 @@ async def served(machine: Machine, path: Path) -> AsyncIterator[QmpServer]:
 class FakeQemu:
     """What ckptfs asks of a QEMU, without one: `stream` is what it has for a device state.
 
-    `broken_off` makes a migration fail in the middle, `stalled` has it stay there until it is cancelled.
+    It answers migrate-continue when all of that is sent, as QEMU may.
+
+    `broken_off` makes a migration fail in the middle, `stalled` has it stay there until it is cancelled. `late` is
+    how many times it is asked for its run state before that tells that a migration is over.
     """
 
     emit: Emit
@@ -185,6 +188,7 @@ class FakeQemu:
         self.broken_off = False
         self.reason = "told to fail"
         self.stalled = False
+        self.late = 0
         self.half_sent = trio.Event()
         names = ("xbzrle", "events", "pause-before-switchover", "multifd", "x-ignore-shared", "mapped-ram")
         self.capabilities = dict.fromkeys(names, False)
@@ -193,12 +197,15 @@ class FakeQemu:
         self.descriptors: dict[str, int] = {}
         self._cancelled = trio.Event()
         self._goes_on = trio.Event()
+        self._sent = trio.Event()
         self._nursery = nursery
 
     async def answer(self, command: str, arguments: dict[str, Any], fd: int | None) -> Any:
         await trio.lowlevel.checkpoint()
         match command:
             case "query-status":
+                if self.migration.get("status") == "completed" and self.run_state == "finish-migrate":
+                    self._finish()
                 return {"status": self.run_state, "running": self.run_state == "running"}
             case "stop":
                 if self.run_state == "running":
@@ -229,6 +236,7 @@ class FakeQemu:
                 if self.migration != {"status": "pre-switchover"}:
                     raise RefusalError(f"Migration not in expected state: {self.migration['status']}")
                 self._goes_on.set()
+                await self._sent.wait()
             case "migrate_cancel":
                 self._cancelled.set()
                 self._goes_on.set()
@@ -253,6 +261,11 @@ class FakeQemu:
             self.run_state = "running"
             await self.emit("RESUME", {})
 
+    def _finish(self) -> None:
+        if not self.late:
+            self.run_state = "postmigrate"
+        self.late = max(0, self.late - 1)
+
     async def _set_status(self, status: str, **more: str) -> None:
         self.migration = {"status": status, **more}
         if self.capabilities["events"]:
@@ -261,6 +274,7 @@ class FakeQemu:
     async def _migrate(self, fd: int) -> None:
         self._cancelled = trio.Event()
         self._goes_on = trio.Event()
+        self._sent = trio.Event()
         half = len(self.stream) // 2
         async with trio.lowlevel.FdStream(fd) as pipe:
             await self._set_status("active")
@@ -280,13 +294,14 @@ class FakeQemu:
                     await pipe.send_all(self.stream[half:])
             except trio.BrokenResourceError:
                 self.broken_off = True
+            self._sent.set()
             if self._cancelled.is_set():
                 await self._set_status("cancelled")
             elif self.broken_off:
                 await self._set_status("failed", **{"error-desc": self.reason})
             else:
                 await self._set_status("completed")
-                self.run_state = "postmigrate"
+                self._finish()
                 return
             self.run_state = "paused" if found == "running" else found
             if found == "running":

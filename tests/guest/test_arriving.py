@@ -15,10 +15,10 @@ import pytest
 from ckptfs.channels.backing_file import DirectIO, OpenedFile
 from ckptfs.channels.channels import Channel
 from ckptfs.channels.lane import Lane
+from ckptfs.channels.nursery import leading_error
 from ckptfs.errors import CheckpointError, StateError
 from ckptfs.guest import arriving
 from ckptfs.guest.arriving import write_arriving
-from ckptfs.guest.migration import leading_error
 from ckptfs.guest.outgoing import Progress, SaveOptions
 from ckptfs.mapped_ram.layout import Image
 from ckptfs.migration.capture import Way

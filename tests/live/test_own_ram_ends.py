@@ -104,6 +104,21 @@ async def test_qemu_is_killed(way: str, mount: Mount, stepper: Stepper, tmp_path
         mounted.umount()
 
 
+async def test_qemu_answers_no_sooner_than_its_stream_is_read(
+    mount: Mount, stepper: Stepper, tmp_path: Path
+) -> None:
+    async with captured("snapshot", mount, stepper, tmp_path) as (vm, mounted, server):
+
+        async def until_all_is_sent(_: str) -> None:
+            if server.commands[-2] == "migrate":
+                await vm.migration_ended()
+
+        server.faults = {"query-migrate-capabilities": until_all_is_sent}
+        await trio.to_thread.run_sync(mounted.ctl, "save")
+        await ticks(vm)
+    await assert_is_right(tmp_path / "saved", stepper)
+
+
 @pytest.mark.parametrize("way", ["snapshot", "precopy"])
 async def test_ckptfs_is_killed(way: str, stepper: Stepper, tmp_path: Path) -> None:
     async with (

@@ -74,6 +74,8 @@ class Qemu:
     ) -> None:
         self.serial = ""
         """What was read from the guest's serial line so far."""
+        self.last_words = ""
+        """What it said on stderr, once it has ended."""
         self._directory = tempfile.TemporaryDirectory(
             prefix="qemu-", dir=directory
         )  # short: sockets' paths end at 107 bytes
@@ -134,6 +136,7 @@ class Qemu:
                 error.add_note(f"QEMU was: {shlex.join(self._command)}")
                 error.add_note(f"its stderr:\n{self._read_stderr()}")
                 error.add_note(f"its serial line:\n{self.serial[-2000:]}")
+            self.last_words = self._read_stderr()
             await self._stream.aclose()
         os.close(self._serial_fd)
         self._stderr.close()

@@ -5,6 +5,7 @@ its memory are not of one moment: here, and in each checkpoint, when stock QEMU 
 """
 
 import errno
+import traceback
 from pathlib import Path
 
 import trio
@@ -23,6 +24,9 @@ HANG = 90.0
 REFUSALS = (errno.EBUSY, errno.EIO)
 """How a save may fail for what the other one does: QEMU refused something, or stood where it could not be saved."""
 
+QEMU_ABORTS = "Assertion `new_state < RUN_STATE__MAX' failed"
+"""What QEMU 10.0 ends with when somebody's `migrate` comes as another migration ends."""
+
 COMMANDS = (
     *("cont", "cont", "cont", "stop", "stop", "migrate_cancel", "HMP migrate_continue", "HMP system_wakeup"),
     *("HMP balloon 8", "HMP info status", "HMP migrate -d exec:cat>/dev/null", "HMP nmi", "query-migrate"),
@@ -40,6 +44,7 @@ async def _torture(this: Round) -> None:
     options = ["ram=pc.ram:16M"] if way == "mounted" else [f"capture={way}"]
     target = this.directory / "vm"
     sockets = Qemu(guest, *_backend(way, this.directory), machine="pc,memory-backend=pc.ram", memory="16M")
+    unexpected: list[str] = []
     mounted = Mounted(
         target, this.directory / "mnt", this.directory / "log", *options, f"qmp={sockets.qmp_path}", deadline=600
     )
@@ -50,7 +55,7 @@ async def _torture(this: Round) -> None:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(_command, this, vm, over)
                 while this.goes_on():
-                    if await _saved(this, mounted, way):
+                    if await _saved(this, mounted, way, unexpected):
                         await _judge(this, target, guest)
                 over.set()
             await vm.migration_ended()
@@ -59,7 +64,14 @@ async def _torture(this: Round) -> None:
             await vm.wait_serial("[.]|!")
             if "!" in vm.serial:
                 this.count("wrong bytes", f"{way}: the guest itself")
+    except Exception:  # noqa: BLE001 - counted, unless QEMU is to blame
+        unexpected.append(traceback.format_exc())
     finally:
+        if QEMU_ABORTS in sockets.last_words:
+            this.count("QEMU aborted")
+        else:
+            for error in unexpected:
+                this.count("surprises", f"{way}: {error}")
         mounted.break_off()
         this.look_into_log(mounted.log)
         unmount_by_force(mounted.path)
@@ -86,12 +98,12 @@ async def _command(this: Round, vm: Qemu, over: trio.Event) -> None:
             await over.wait()
 
 
-async def _saved(this: Round, mounted: Mounted, way: str) -> bool:
+async def _saved(this: Round, mounted: Mounted, way: str, unexpected: list[str]) -> bool:
     try:
         await trio.to_thread.run_sync(mounted.ctl, "save")
     except OSError as error:
         if error.errno not in REFUSALS:
-            this.count("surprises", f"{way}: {error}")
+            unexpected.append(str(error))
         this.count(f"{way}: refused")
         return False
     this.count(f"{way}: saved")

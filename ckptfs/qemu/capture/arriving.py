@@ -10,6 +10,10 @@ Two ways, tried in this order; QEMU says at once where the first can't be had:
   are counted: when they no longer shrink, or are too many, we stop the guest, and what is left comes while it
   stands still.
 
+QEMU may answer no sooner than its stream is read. With background-snapshot a vCPU waits for its page, and a `stop`
+of somebody else, in QEMU's main thread, for that vCPU; and QEMU sends its last round while it holds its big lock.
+So tasks of their own ask it and tell it what there is to say.
+
 Each is a context. Inside, the stream is to be received until it has ``ended``, and then `Arriving.finish`ed. When
 it is left before, QEMU's migration is cancelled, and the guest goes on.
 """
@@ -21,6 +25,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from ckptfs.channels.nursery import open_nursery
 from ckptfs.migration.capture import CaptureOptions, Way
 from ckptfs.qemu.capture.session import (
     PARAMETERS,
@@ -32,7 +37,10 @@ from ckptfs.qemu.capture.session import (
     migration,
     migration_settings,
     pipe_from_qemu,
+    refuse_changed_capabilities,
+    refuse_if_torn,
     savable_run_state,
+    switch_over,
 )
 
 if TYPE_CHECKING:
@@ -41,7 +49,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SNAPSHOT_CAPABILITIES = ("background-snapshot", "events")
-PRECOPY_CAPABILITIES = ("events",)
+PRECOPY_CAPABILITIES = ("pause-before-switchover", "events")
+"""QEMU waits before its last round: when it has heard us say that it may go on, it has done with others' `stop`."""
 
 SHRINKING = 0.7
 """A round of precopy that is larger than this part of the one before no longer shrinks."""
@@ -74,7 +83,10 @@ class Arriving:
     async def finish(self, run_state: str | None) -> None:
         """See that QEMU has sent all; ``run_state`` is the one in the stream. Raises QemuError, StateError."""
         await check_completed(self._monitor, self._incoming.begun)
-        self.downtime = _pause_in(self._monitor.events[self._since :])
+        events = self._monitor.events[self._since :]
+        active = came_to(self._monitor, self._incoming.begun, "active") or self._incoming.begun
+        refuse_if_torn(self._monitor.events[active:], ran=run_state == "running")
+        self.downtime = _pause_in(events)
 
 
 class _Precopy(Arriving):
@@ -87,9 +99,12 @@ class _Precopy(Arriving):
         self._rounds = [0]  # bytes
         self._too_long = trio.Event()
         self._stopped: int | None = None
+        self._ready = trio.Event()
         self._finished = False
 
     async def receive(self) -> bytes | bytearray:
+        if came_to(self._monitor, self._incoming.begun, "pre-switchover") is not None:
+            self._ready.set()
         part = await super().receive()
         self._rounds[-1] += len(part)
         passes = sum(event.name == "MIGRATION_PASS" for event in self._monitor.events[self._since :])
@@ -104,9 +119,12 @@ class _Precopy(Arriving):
             self._too_long.set()
 
     async def stop_what_takes_too_long(self) -> None:
-        """Stop the guest when rounds no longer get it done; a task, as QEMU may want its stream read first."""
-        await self._too_long.wait()
-        if self._runs and not self.ended:
+        """Stop the guest when rounds no longer get it done."""
+        while True:
+            await self._too_long.wait()
+            self._too_long = trio.Event()
+            if self._stands_still or self.ended:
+                continue
             log.info(
                 "precopy: the guest dirties RAM as fast as it is sent (%d rounds, the last of %d MiB): "
                 "it is stopped for what is left",
@@ -115,6 +133,17 @@ class _Precopy(Arriving):
             )
             self._stopped = len(self._monitor.events)
             await self._monitor.execute("stop")
+
+    async def switch_over_when_ready(self) -> None:
+        """Have QEMU go on to the last round."""
+        await self._ready.wait()
+        await switch_over(self._monitor)
+
+    @property
+    def _stands_still(self) -> bool:
+        """Whether it does since we, or somebody else, stopped it."""
+        names = [event.name for event in self._monitor.events[self._since :] if event.name in ("STOP", "RESUME")]
+        return names[-1] == "STOP" if names else not self._runs
 
     async def finish(self, run_state: str | None) -> None:
         """QEMU leaves a guest that it has sent away standing still: let it go on, if that is what is wanted."""
@@ -164,7 +193,8 @@ async def _snapshot(monitor: "Monitor") -> AsyncIterator[Arriving]:
         migration_settings(monitor, SNAPSHOT_CAPABILITIES, PARAMETERS),
     ):
         stream = Arriving(Way.SNAPSHOT, monitor, incoming)
-        async with migration(monitor, incoming, SNAPSHOT_CAPABILITIES):
+        async with migration(monitor, incoming), open_nursery() as nursery:
+            nursery.start_soon(refuse_changed_capabilities, monitor, SNAPSHOT_CAPABILITIES)
             yield stream
 
 
@@ -177,8 +207,10 @@ async def _precopy(monitor: "Monitor", max_rounds: int) -> AsyncIterator[Arrivin
     ):
         stream = _Precopy(monitor, incoming, runs, max_rounds)
         try:
-            async with migration(monitor, incoming, PRECOPY_CAPABILITIES), trio.open_nursery() as nursery:
+            async with migration(monitor, incoming), open_nursery() as nursery:
+                nursery.start_soon(refuse_changed_capabilities, monitor, PRECOPY_CAPABILITIES)
                 nursery.start_soon(stream.stop_what_takes_too_long)
+                nursery.start_soon(stream.switch_over_when_ready)
                 yield stream
                 nursery.cancel_scope.cancel()
         except BaseException as error:

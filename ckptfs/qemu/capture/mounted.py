@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 import trio
 
+from ckptfs.channels.nursery import open_nursery
 from ckptfs.errors import QemuError, StateError
 from ckptfs.mapped_ram.precopy import read_precopy
 from ckptfs.mapped_ram.stream import BytesSource
@@ -28,6 +29,7 @@ from ckptfs.qemu.capture.session import (
     migration_settings,
     paused,
     pipe_from_qemu,
+    refuse_changed_capabilities,
     refuse_if_disturbed,
     savable_run_state,
     switch_over,
@@ -111,7 +113,8 @@ async def _take(monitor: "Monitor", incoming: Incoming, pause: Pause, ram: RAM[E
     """Take RAM, and then the device state, of a guest that stands still."""
     since = len(monitor.events)
     stream = bytearray()
-    async with migration(monitor, incoming, CAPABILITIES):
+    async with migration(monitor, incoming):
+        await refuse_changed_capabilities(monitor, CAPABILITIES)
         while (still := came_to(monitor, since, "pre-switchover")) is None and not incoming.ended:
             await _receive(incoming, stream)
         if still is None:
@@ -121,9 +124,12 @@ async def _take(monitor: "Monitor", incoming: Incoming, pause: Pause, ram: RAM[E
         await ram.flush()
         epoch = ram.freeze()
         refuse_if_disturbed(monitor.events[still:])  # QEMU 10.0 aborts if it goes on with a guest that runs
-        await switch_over(monitor)
-        while not incoming.ended:
-            await _receive(incoming, stream)
+        async with open_nursery() as nursery:
+            nursery.start_soon(
+                switch_over, monitor
+            )  # QEMU may answer when it has sent what is more than the pipe holds
+            while not incoming.ended:
+                await _receive(incoming, stream)
     await check_completed(monitor, incoming.begun)
     over = came_to(monitor, still, "completed")
     pause.note_completed(over, await _run_state_of(bytes(stream)) if resumed else pause.wanted)

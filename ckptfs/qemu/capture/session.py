@@ -45,6 +45,9 @@ class CapabilitiesRefusedError(QemuError):
     """QEMU refuses the capabilities that a way of capturing needs; nothing was changed."""
 
 
+_SETTLING = 0.001
+"""Seconds between two questions for what no event tells."""
+
 _ENDED = ("completed", "failed", "cancelled")
 _SAVABLE = ("running", "paused", "prelaunch")
 _HINTS = {
@@ -57,6 +60,19 @@ async def run_state(monitor: "Monitor") -> str:
     """QEMU's RunState (qapi/run-state.json)."""
     state: str = (await monitor.execute("query-status"))["status"]
     return state
+
+
+async def settled_run_state(monitor: "Monitor") -> str:
+    """The run state, once QEMU has left finish-migrate; QemuError (ETIMEDOUT) if it does not.
+
+    A migration is told to have completed a little earlier (migration/migration.c: migration_completion_end comes
+    before migration_iteration_finish, which has to wait for QEMU's big lock). No event tells of the change.
+    """
+    with trio.move_on_after(monitor.deadline):
+        while (state := await run_state(monitor)) == "finish-migrate":  # noqa: ASYNC110 - there is no event
+            await trio.sleep(_SETTLING)
+        return state
+    raise QemuError("QEMU does not come out of run state finish-migrate", errno.ETIMEDOUT)
 
 
 async def savable_run_state(monitor: "Monitor") -> str:
@@ -206,10 +222,10 @@ async def pipe_from_qemu(monitor: "Monitor") -> AsyncIterator[Incoming]:
 
 
 @asynccontextmanager
-async def migration(monitor: "Monitor", incoming: Incoming, capabilities: Collection[str]) -> AsyncIterator[None]:
+async def migration(monitor: "Monitor", incoming: Incoming) -> AsyncIterator[None]:
     """Have QEMU migrate into the pipe; if this is left before QEMU has ended, its migration is cancelled.
 
-    ``capabilities`` are those that it has to be done with; StateError (EBUSY) if somebody has changed them.
+    Inside, `refuse_changed_capabilities`: others may have set theirs before it began.
     """
     heard = len(monitor.events)
     with trio.CancelScope(shield=True):  # either it has begun, or it has not
@@ -217,15 +233,19 @@ async def migration(monitor: "Monitor", incoming: Incoming, capabilities: Collec
     begun = came_to(monitor, heard, "setup")
     incoming.begun = heard if begun is None else begun
     try:
-        for name, state in (await _capabilities(monitor)).items():  # nobody can change them from here on
-            if state != (name in capabilities):
-                raise StateError(f"somebody else has changed QEMU's migration capability {name} meanwhile")
         yield
     finally:
         if not incoming.ended:
             with trio.CancelScope(shield=True), contextlib.suppress(QemuError):
                 await monitor.execute("migrate_cancel")
                 await incoming.drain()
+
+
+async def refuse_changed_capabilities(monitor: "Monitor", capabilities: Collection[str]) -> None:
+    """See that these are on, and no others: nobody can change them while QEMU migrates. StateError if not."""
+    for name, state in (await _capabilities(monitor)).items():
+        if state != (name in capabilities):
+            raise StateError(f"somebody else has changed QEMU's migration capability {name} meanwhile")
 
 
 async def _end_migration_of_others(monitor: "Monitor") -> None:
@@ -358,9 +378,9 @@ class Pause:
 
     async def _is_ours(self) -> bool:
         """Whether the guest stands still because of us alone."""
+        state = await settled_run_state(self._monitor)
         if self._completed:  # QEMU leaves it in postmigrate, unless somebody has commanded it since
             return self.wanted == "running" and not self.commands_of_others
-        state = await run_state(self._monitor)
         if state == "postmigrate":
             return self._ours
         # a migration that did not complete has left the guest as it found it
@@ -384,6 +404,25 @@ async def paused(monitor: "Monitor") -> AsyncIterator[Pause]:
     await pause.end()
     if pause.wanted == "running":
         pause.downtime = trio.current_time() - started
+
+
+def refuse_if_torn(events: Iterable["Event"], *, ran: bool) -> None:
+    """The guest must have stood still while QEMU by itself took its device state; StateError (EBUSY) if not.
+
+    ``events`` are those since QEMU's migration became active, ``ran`` says in which run state it found the guest.
+    QEMU waits for its vCPUs without its big lock (system/cpus.c, pause_all_vcpus; all versions up to 10.0). When
+    a `cont` of somebody else comes then, or his `stop` waits when QEMU comes to stop the guest, the device state is
+    taken of vCPUs that run. The events tell: a guest is stopped and let go in turns, but not then.
+    """
+    expected = "STOP" if ran else "RESUME"
+    for event in events:
+        if event.name in ("STOP", "RESUME"):
+            if event.name != expected:
+                raise StateError(
+                    "somebody else stopped the guest, or let it go on, at the moment when QEMU took its device "
+                    "state: save again"
+                )
+            expected = "RESUME" if expected == "STOP" else "STOP"
 
 
 def refuse_if_disturbed(events: Iterable["Event"]) -> None:
