@@ -174,6 +174,20 @@ COMMANDS = (
         "ckptfs.cli.umount:run",
     ),
     Command(
+        "status",
+        "how a mount stands, for people",
+        "Show how a mount stands: what a save or restore is doing, how pages stand, who waits, the last save and "
+        "its pause, and who has RAM open. `DIR/status` has the same and more for programs.",
+        (
+            DIRECTORY,
+            argument("-w", "--watch", action="store_true", help="show it again every second, until Ctrl-C"),
+            argument(
+                "--json", action="store_true", help="print DIR/status.json in one line, one a look with --watch"
+            ),
+        ),
+        "ckptfs.cli.status:run",
+    ),
+    Command(
         "info",
         "what a checkpoint holds, or how a mount stands",
         "Show what a checkpoint holds: machine, RAM blocks, device sections, whether it is complete, and which "

@@ -25,7 +25,6 @@ from ckptfs.channels.identity import Identity
 from ckptfs.channels.nursery import leading_error
 from ckptfs.channels.output import FileOutput, StreamOutput
 from ckptfs.cli.control import perform
-from ckptfs.cli.info import size_text
 from ckptfs.cli.progress import CANCELLING, Display, display_for, tell
 from ckptfs.cli.save import save_shown
 from ckptfs.errors import CkptfsError, CommandError, StateError, StorageError
@@ -37,6 +36,7 @@ from ckptfs.guest.views import look
 from ckptfs.guest.vmstate import memory_on
 from ckptfs.mapped_ram.bitmap import PagesBitmap
 from ckptfs.migration.address import FileMigrationArgs
+from ckptfs.migration.size import format_size
 from ckptfs.namespace.names import encode_name
 from ckptfs.physical.layouts import Extent, Layout, flat, lime_image
 from ckptfs.physical.memory_map import MemoryMap, Region
@@ -258,7 +258,7 @@ async def _write(layout: Layout, memory: Memory, out: str, forbidden_device: int
             await trio.to_thread.run_sync(output.discard)
     if not whole:
         raise StateError(f"{out}: interrupted: nothing of it is left", errno.ECANCELED)
-    return f"exported {out}: {size_text(layout.length)}, {size_text(exported.done)} read"
+    return f"exported {out}: {format_size(layout.length)}, {format_size(exported.done)} read"
 
 
 def _named(error: BaseException, out: str) -> BaseException:

@@ -17,6 +17,7 @@ from typing import Any
 
 from ckptfs.api.status import is_dead_mount, read_status
 from ckptfs.channels.opened import open_file
+from ckptfs.cli.progress import describe_progress
 from ckptfs.cli.state import run as run_state
 from ckptfs.errors import CkptfsError, CommandError, StateError
 from ckptfs.foreign.content import Content
@@ -25,12 +26,12 @@ from ckptfs.mapped_ram.bitmap import PagesBitmap
 from ckptfs.mapped_ram.checkpoint import Checkpoint
 from ckptfs.mapped_ram.ramblock import RAMBlock
 from ckptfs.mapped_ram.sections import Section
+from ckptfs.migration.size import format_size
 from ckptfs.namespace.status import printable
 
 Document = dict[str, Any]
 
 _WIDTH = 100
-_UNITS = (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10))
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -188,7 +189,7 @@ def format_file(document: Document) -> str:
         f"machine  {_machine(document['machine'], document['run-state'])}",
         *([] if document["uuid"] is None else [f"uuid     {document['uuid']}"]),
         f"stream   bytes {document['offset']:#x} to {document['end']:#x} of {document['length']:#x}"
-        + ("" if document["stored"] is None else f", {size_text(document['stored'])} stored"),
+        + ("" if document["stored"] is None else f", {format_size(document['stored'])} stored"),
         *_saved_machine(document["trailer"]),
         *_domain(document["libvirt"]),
         *_table(document["blocks"], ("data-pages", "zero-pages")),
@@ -235,7 +236,8 @@ def _completeness(document: Document) -> str:
 def format_mount(document: Document) -> str:
     """Write a mount's description for people."""
     base = "no checkpoint yet" if document["base"] is None else f"checkpoint {document['base']}"
-    lines = [f"{document['mount']}: mount of {document['spec']}, {document['state']}", f"base     {base}"]
+    state = describe_progress(document) or document["state"]
+    lines = [f"{document['mount']}: mount of {document['spec']}, {state}", f"base     {base}"]
     if document["base"] is not None:
         lines.append(f"machine  {_machine(document['base-machine'], document['base-run-state'])}")
         lines.append(f"vmstate  {document['vmstate']}")
@@ -259,7 +261,7 @@ def _table(blocks: list[Document], counts: tuple[str, ...]) -> list[str]:
     heads = [count.removesuffix("-pages") for count in counts]
     head = f"{'RAM block':{width}}  {'size':>10}  {'pages':>10}" + "".join(f"  {head:>10}" for head in heads)
     rows = [
-        f"{block['idstr']:{width}}  {size_text(block['used-length']):>10}  {block['page-count']:>10}"
+        f"{block['idstr']:{width}}  {format_size(block['used-length']):>10}  {block['page-count']:>10}"
         + "".join(f"  {'-' if block[count] is None else block[count]:>10}" for count in counts)
         for block in blocks
     ]
@@ -270,11 +272,3 @@ def _devices(names: list[str]) -> list[str]:
     counted = [name if count == 1 else f"{name} ({count})" for name, count in Counter(names).items()]
     text = f"devices  {len(names)}" + (f": {', '.join(counted)}" if names else "")
     return textwrap.wrap(text, _WIDTH, subsequent_indent=" " * 9, break_on_hyphens=False)
-
-
-def size_text(length: int) -> str:
-    """A size in the largest unit that tells it exactly, as far as a person cares."""
-    for unit, value in _UNITS:
-        if length >= value:
-            return f"{length / value:.4g} {unit}" if length % value else f"{length // value} {unit}"
-    return f"{length} B"

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from math import ceil
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -57,6 +58,25 @@ def extent(status: Status) -> tuple[int, int] | None:
     if status["state"] == "idle" or not ram or not ram["total"]:
         return None
     return ram["total"] - ram["remaining"], ram["total"]
+
+
+def describe_progress(status: Status) -> str | None:
+    """How far a save or restore has come, None if none runs.
+
+    As in ``saving (active): 43%, 440 of 1024 MiB, 210 MiB/s, 3 s left``.
+    """
+    if status["state"] == "idle":
+        return None
+    words = f"{status['state']} ({status['migration']['status']})"
+    done_of = extent(status)
+    if done_of is None:
+        return words
+    done, total = done_of
+    words += f": {done * 100 // total}%, {done / MiB:.0f} of {total / MiB:.0f} MiB"
+    if not done or not status["migration"]["total-time"]:
+        return words
+    speed = done / status["migration"]["total-time"] * 1000
+    return f"{words}, {speed / MiB:.0f} MiB/s, {ceil((total - done) / speed)} s left"
 
 
 class Nothing:

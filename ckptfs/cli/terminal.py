@@ -1,8 +1,10 @@
 """What people see on a terminal while something runs. rich draws it; importing that takes a tenth of a second."""
 
+from collections.abc import Callable
 from typing import Self
 
 from rich.console import Console, ConsoleDimensions
+from rich.live import Live
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
@@ -79,3 +81,20 @@ class Bar:
             total=None if total is None else total / MiB,
             visible=True,
         )
+
+
+class Screen:
+    """Shows a text over the former one."""
+
+    def __init__(self) -> None:
+        self._live = Live(console=Terminal(), auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+
+    def __enter__(self) -> Callable[[str], None]:
+        self._live.start()
+        return self._show
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def _show(self, text: str) -> None:
+        self._live.update(Text(text, overflow="fold"), refresh=True)

@@ -70,3 +70,11 @@ def _in_range(size: int) -> int:
     if size > SIZE_MAX:
         raise CommandError(OUT_OF_RANGE)
     return size
+
+
+def format_size(length: int) -> str:
+    """Return a size for people: in the largest unit that it has one of, exactly where that is a whole number."""
+    for unit, value in (("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", MiB), ("KiB", KiB)):
+        if length >= value:
+            return f"{length / value:.4g} {unit}" if length % value else f"{length // value} {unit}"
+    return f"{length} B"
