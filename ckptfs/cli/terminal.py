@@ -66,7 +66,7 @@ class Bar:
 
     def say(self, words: str) -> None:
         """Say a line above the bar."""
-        self._progress.console.print(words)
+        self._progress.console.print(words, markup=False, highlight=False)
 
     def show(self, status: Status) -> None:
         """Move the bar."""

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import signal
+import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ import trio
 from tests.doubles.qmp_server import FakeQemu, HangUpError, QmpServer, hang_up, refuse, relayed, served
 from tests.live.machines import SMALL, LiveCheckpoints, goes_on, was_stopped
 from tests.mount.conftest import Mount
-from tests.mount.harness import Mounted, unmount_by_force
+from tests.mount.harness import BIN, DEADLINE, Mounted, unmount_by_force
 from tests.qemu.guest import Guest
 from tests.qemu.machine import Qemu
 
@@ -58,8 +59,13 @@ class Running:
         with pytest.raises(OSError, match=words) as caught:
             await self.save()
         assert caught.value.errno == code, caught.value
+        self.is_untouched()
+
+    def is_untouched(self, *, but: str = "") -> None:
+        """See that `former` is as it was, and alone."""
         assert self._look() == self._former
-        assert [path.name for path in self.former.parent.glob("*former*")] == ["former"]
+        found = {path.name for path in self.former.parent.glob("*former*") if not path.match(but or "/")}
+        assert found == {"former"}
 
     async def goes_on(self) -> None:
         """See that the guest runs."""
@@ -356,3 +362,62 @@ async def test_a_guest_that_ran_and_was_migrated_by_somebody_else(guest: Running
     await guest.fails("QEMU has saved this guest while it was stopped, .*: `cont`, then save", errno.EBUSY)
     await guest.vm.cont()
     await guest.can_be_saved()
+
+
+# ---- somebody stops the command that saves (ckptfs(1), SIGNALS) ---------------------------------------------
+
+
+class OnATerminal:
+    """ckptfs with a terminal of its own, whose keys it hears."""
+
+    def __init__(self, *arguments: str | Path) -> None:
+        self._ours, theirs = os.openpty()
+        command = ["setsid", "--ctty", BIN / "ckptfs", *arguments]
+        self.process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs)
+        os.close(theirs)
+
+    def ctrl_c(self) -> None:
+        os.write(self._ours, b"\x03")
+
+    def end(self) -> tuple[int, str]:
+        """Its exit code, and all that it has shown."""
+        shown = b""
+        with contextlib.suppress(OSError):  # the other side is closed
+            while part := os.read(self._ours, 4096):
+                shown += part
+        os.close(self._ours)
+        return self.process.wait(DEADLINE), shown.decode()
+
+
+async def test_a_save_is_stopped(guest: Running) -> None:
+    mounted, bandwidth = guest.mounted, guest.mounted.path / "parameters/max-bandwidth"
+
+    async def begun() -> OnATerminal:
+        bandwidth.write_text("1M\n")
+        command = await trio.to_thread.run_sync(OnATerminal, "save", mounted.path, guest.former)
+        await trio.to_thread.run_sync(mounted.wait_for, is_active)
+        return command
+
+    for stop in (OnATerminal.ctrl_c, lambda command: command.process.terminate()):
+        command = await begun()
+        stop(command)
+        code, shown = await trio.to_thread.run_sync(command.end)
+        assert code == 1
+        assert "cancelling ..." in shown
+        assert shown.endswith(f"{mounted.path}: the save was cancelled\r\n")
+        guest.is_untouched()
+        await guest.goes_on()
+
+    command = await begun()
+    command.process.kill()
+    assert (await trio.to_thread.run_sync(command.end))[0] == -signal.SIGKILL
+    await guest.goes_on()
+    guest.is_untouched(but="*.former.*")  # it is still being written
+    bandwidth.write_text("0\n")
+    await trio.run_process([BIN / "ckptfs", "wait", "-q", mounted.path])
+    assert [path.name for path in guest.former.parent.glob("*former*")] == ["former"]
+    await guest.can_be_saved()
+
+
+def is_active(status: dict[str, Any]) -> bool:
+    return status["migration"].get("status") == "active"
