@@ -25,6 +25,7 @@ from ckptfs.guest.block import BaseBlock
 from ckptfs.guest.pages import MappedPages, PageSource, RecordedPages
 from ckptfs.mapped_ram.bitmap import PagesBitmap, Run
 from ckptfs.mapped_ram.checkpoint import read_device_state, read_setup
+from ckptfs.mapped_ram.checksums import checksums_in
 from ckptfs.mapped_ram.layout import Image, image_of
 from ckptfs.mapped_ram.ramblock import RAMBlock
 from ckptfs.mapped_ram.stream import is_mapped_ram, uuid_of
@@ -133,6 +134,7 @@ class Base:
             if content.trailer_problem is not None:
                 log.warning("%s: what it says of its machine can't be read: %s", path, content.trailer_problem)
             self.checkpoint, self.trailer = content.checkpoint, content.trailer
+            self.checksums = checksums_in(self.trailer, self.checkpoint.blocks)
             self.blocks = {
                 idstr: BaseBlock(bmap, _pages(content, idstr, channels))
                 for idstr, bmap in content.file_bmaps.items()

@@ -11,7 +11,7 @@ very last.
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -24,9 +24,11 @@ from ckptfs.channels.channels import BACKING_DEADLINE, Channel, Channels
 from ckptfs.channels.lane import Lane
 from ckptfs.guest.base import BadPagesError, Base
 from ckptfs.guest.block import PageStack
+from ckptfs.guest.checksums import Summing
 from ckptfs.guest.layer import Layer
 from ckptfs.mapped_ram.bitmap import PagesBitmap
 from ckptfs.mapped_ram.layout import Image, layout
+from ckptfs.mapped_ram.trailer import NO_TRAILER
 from ckptfs.migration.outgoing import coalesce, nonzero_pages, page_windows
 from ckptfs.migration.parameters import ZeroPageDetection
 
@@ -95,17 +97,26 @@ class _OutgoingBlock:
 
 @dataclass(frozen=True)
 class Window:
-    """One payload: pages [start, stop) of one block, of which those in ``mask`` hold data."""
+    """One payload: pages [start, stop) of one block, of which those in ``mask`` hold data and are to be written.
+
+    Those in ``shared`` are in the file already, and wanted for the checksums of their windows.
+    """
 
     idstr: str
     start: int
     stop: int
     mask: npt.NDArray[np.bool_]
+    shared: npt.NDArray[np.bool_] | None = None
 
     @property
     def page_count(self) -> int:
-        """How many pages hold data."""
+        """How many pages are to be written."""
         return int(self.mask.sum())
+
+    @property
+    def with_data(self) -> npt.NDArray[np.bool_]:
+        """The pages that are to be read."""
+        return self.mask if self.shared is None else self.mask | self.shared
 
 
 async def write_checkpoint(
@@ -121,8 +132,9 @@ async def write_checkpoint(
 
     Raises OSError, StorageError, or BadPagesError for a page of the base that can't be read.
     """
-    plan = layout(image, stream_offset)
+    plan = layout(replace(image, trailer=NO_TRAILER), stream_offset)
     kept = [block for block in plan.blocks if not block.ignored]
+    summing = Summing(kept, image.page_size)
     blocks = {block.idstr: _OutgoingBlock(block.pages_offset or 0, PagesBitmap(block.page_count)) for block in kept}
     await write_extents(lane, file, plan.extents[1:], options.deadline)
     channels = await open_channels(lane, file, options.direct_io, options.channel_count, options.deadline)
@@ -131,13 +143,17 @@ async def write_checkpoint(
         progress.total_pages = sum(bitmap.page_count for bitmap in with_data.values())
         progress.remaining_pages = sum(bitmap.count() for bitmap in with_data.values())
         progress.zero_pages = progress.total_pages - progress.remaining_pages
+        shared = {}
         for idstr, block in blocks.items():
-            shared = await _share_unchanged(lane, file, epoch, idstr, block, options.deadline)
-            progress.normal_pages += shared.count()
-            progress.remaining_pages -= shared.count()
-            with_data[idstr] = with_data[idstr].difference(shared)
+            summing.forget(idstr, with_data[idstr])
+            summing.carry(idstr, epoch.stacks[idstr], None if epoch.base is None else epoch.base.checksums)
+            shared[idstr] = await _share_unchanged(lane, file, epoch, idstr, block, options.deadline)
+            progress.normal_pages += shared[idstr].count()
+            progress.remaining_pages -= shared[idstr].count()
+            with_data[idstr] = with_data[idstr].difference(shared[idstr])
         detect = options.zero_page_detection is not ZeroPageDetection.NONE
-        writer = _Writer(data_windows(with_data, image.page_size), epoch, blocks, image.page_size, detect)
+        windows = summed_windows(with_data, shared, image.page_size, summing)
+        writer = _Writer(windows, epoch, blocks, image.page_size, detect, summing)
         async with trio.open_nursery() as nursery:
             for _ in range(channels.channel_count):
                 nursery.start_soon(_write_windows, writer, channels, options, progress)
@@ -146,7 +162,8 @@ async def write_checkpoint(
     bitmaps = [
         (block.bitmap_offset or 0, blocks[block.idstr].file_bmap.to_bytes(image.bitmap_byteorder)) for block in kept
     ]
-    await write_extents(lane, file, bitmaps, options.deadline)
+    trailer = b"" if image.opaque else summing.in_trailer(image.trailer).encode()
+    await write_extents(lane, file, [*bitmaps, (plan.end_offset, trailer)], options.deadline)
     return Written(plan.header, channels.direct_io if options.direct_io.wanted else None)
 
 
@@ -187,11 +204,37 @@ async def open_channels(
     return await lane.ask(opening, undo=Channels.close, deadline=deadline)
 
 
-def data_windows(with_data: dict[str, PagesBitmap], page_size: int) -> Iterator[Window]:
-    """The windows of all blocks in which pages hold data."""
+def data_windows(with_data: dict[str, PagesBitmap], page_size: int, width: int = 1) -> Iterator[Window]:
+    """The windows of all blocks in which pages hold data; they begin and end at a multiple of ``width`` pages."""
     for idstr, pages in with_data.items():
-        for start, stop in page_windows(pages, page_size):
+        for first, last in page_windows(pages, page_size):
+            start, stop = first // width * width, min(-(-last // width) * width, pages.page_count)
             yield Window(idstr, start, stop, pages.expand(start, stop).view(np.bool_))
+
+
+def summed_windows(
+    with_data: dict[str, PagesBitmap], shared: dict[str, PagesBitmap], page_size: int, summing: Summing
+) -> Iterator[Window]:
+    """The same for checksums: of a window in which some pages are shared, the others are wanted, too.
+
+    Such windows come alone, so that nothing between them is read.
+    """
+    for window in data_windows(with_data, page_size, summing.width):
+        also = shared[window.idstr].expand(window.start, window.stop).view(np.bool_)
+        if not also.any():
+            yield window
+            continue
+        also &= summing.unknown(window.idstr, window.start, window.stop)
+        for start, stop in coalesce(_spread(window.mask, summing.width)):
+            yield Window(
+                window.idstr, window.start + start, window.start + stop, window.mask[start:stop], also[start:stop]
+            )
+
+
+def _spread(mask: npt.NDArray[np.bool_], width: int) -> npt.NDArray[np.bool_]:
+    """Every ``width`` pages as a whole, if any of them is in ``mask``."""
+    windows = np.pad(mask, (0, -mask.size % width)).reshape(-1, width)
+    return np.repeat(windows.any(axis=1), width)[: mask.size]
 
 
 async def _write_windows(writer: "_Writer", channels: Channels, options: SaveOptions, progress: Progress) -> None:
@@ -200,7 +243,7 @@ async def _write_windows(writer: "_Writer", channels: Channels, options: SaveOpt
     while (window := writer.take()) is not None:
         left: Window | None = window
         while left is not None:
-            data = await read_window(writer.epoch, left, page_size, writer.buffers)
+            left, data = await _read_for(writer, left)
             awaited = left.page_count * page_size
             await options.wait_for_bandwidth(awaited)
             stretch = await channels.carry(partial(writer.write, left, data, options.stretch()))
@@ -210,6 +253,17 @@ async def _write_windows(writer: "_Writer", channels: Channels, options: SaveOpt
             progress.remaining_pages -= stretch.page_count
             progress.transferred += stretch.normal_pages * page_size
             left = stretch.left
+
+
+async def _read_for(writer: "_Writer", window: Window) -> tuple[Window, npt.NDArray[np.uint8]]:
+    """Read a window; without what only its checksums need if that can't be read: it is in the file all the same."""
+    try:
+        return window, await read_window(writer.epoch, window, writer.page_size, writer.buffers)
+    except BadPagesError:
+        if window.shared is None:
+            raise
+    window = replace(window, shared=None)
+    return window, await read_window(writer.epoch, window, writer.page_size, writer.buffers)
 
 
 @dataclass
@@ -231,6 +285,7 @@ class _Writer:
         blocks: dict[str, _OutgoingBlock],
         page_size: int,
         detect_zero_pages: bool,
+        summing: Summing,
     ) -> None:
         self.epoch = epoch
         self.page_size = page_size
@@ -239,6 +294,7 @@ class _Writer:
         self._one_at_a_time = threading.Lock()
         self._blocks = blocks
         self._detect_zero_pages = detect_zero_pages
+        self._summing = summing
 
     def take(self) -> Window | None:
         """Return the next window, None after the last."""
@@ -264,6 +320,8 @@ class _Writer:
     def _write_pages(self, channel: Channel, window: Window, data: npt.NDArray[np.uint8]) -> int:
         """Write the pages of a window that are not zero and mark them; return how many."""
         block, page_size, mask = self._blocks[window.idstr], self.page_size, window.mask
+        shared = block.file_bmap.expand(window.start, window.stop).view(np.bool_)
+        self._summing.note(window.idstr, window.start, data.data, ~shared | window.with_data)
         if self._detect_zero_pages:
             mask = mask & nonzero_pages(data, page_size)
         for start, stop in coalesce(mask):
@@ -278,8 +336,8 @@ def window_in_memory(
 ) -> npt.NDArray[np.uint8] | None:
     """Return the bytes of all pages of a window, page-aligned, None if some of them are in the base.
 
-    The newest layer that has a page counts. What pages outside the window's mask hold is undefined: only pages with
-    data are touched, as a layer's memory is allocated by reading it.
+    The newest layer that has a page counts. Pages that are not in `Window.with_data` are zeros: of a layer, only
+    those with data are touched, as its memory is allocated by reading it.
     """
     stack, start, stop = epoch.stacks[window.idstr], window.start, window.stop
     segment = stack.locate(start, stop)
@@ -304,7 +362,7 @@ async def read_window(
         return data
     stack, start, stop = epoch.stacks[window.idstr], window.start, window.stop
     in_base = _in_base(stack, window)
-    if np.array_equal(in_base, window.mask):
+    if np.array_equal(in_base, window.with_data):
         return await _fetch(epoch, window.idstr, start, in_base, page_size)
     data = np.frombuffer(buffers.take((stop - start) * page_size), np.uint8)
     pages = data.reshape(-1, page_size)
@@ -317,14 +375,15 @@ async def read_window(
 
 def _in_base(stack: PageStack, window: Window) -> npt.NDArray[np.bool_]:
     """The pages of a window that are in the base alone."""
-    in_base = window.mask.copy()
+    in_base = window.with_data.copy()
     for layer in stack.layers:
         in_base &= layer.present.expand(window.start, window.stop) == 0
     return in_base
 
 
 def _lay_over(stack: PageStack, window: Window, pages: npt.NDArray[np.uint8]) -> None:
-    """Copy what layers have of a window over ``pages``, the newest last."""
+    """Copy what layers have of a window over ``pages``, the newest last; what has no data becomes zeros."""
+    pages[~window.with_data] = 0
     for layer in reversed(stack.layers):
         present = layer.present.expand(window.start, window.stop).view(np.bool_)
         view = layer.view(window.start, window.stop)

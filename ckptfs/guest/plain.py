@@ -7,7 +7,7 @@ the others: long stretches of one kind are indexed fast when the stream is read.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -17,6 +17,7 @@ from ckptfs.channels.backing_file import BackingFile, DirectIO
 from ckptfs.channels.buffers import AlignedBuffers
 from ckptfs.channels.channels import Channel, Channels
 from ckptfs.channels.lane import Lane
+from ckptfs.guest.checksums import Summing
 from ckptfs.guest.outgoing import (
     Epoch,
     Progress,
@@ -51,20 +52,26 @@ async def write_stream(
     The header is all that comes before the first record. Raises OSError, StorageError, or BadPagesError for a page
     of the base that can't be read.
     """
-    before, after = frame(image)
+    before, _ = frame(image)
     page_size, buffers = image.page_size, AlignedBuffers()
     with_data = {block.idstr: epoch.stacks[block.idstr].with_data() for block in image.blocks if not block.ignored}
     progress.total_pages = progress.remaining_pages = sum(pages.page_count for pages in with_data.values())
+    summing = Summing([block for block in image.blocks if not block.ignored], page_size)
     look_for_zeros = options.zero_page_detection is not ZeroPageDetection.NONE
     channels = await open_channels(lane, file, DirectIO(False), 1, options.deadline)
     stream = _Stream(channels, stream_offset + len(before), options, progress)
     try:
         for idstr, pages in with_data.items():
+            summing.forget(idstr, pages)
+            summing.carry(idstr, epoch.stacks[idstr], None if epoch.base is None else epoch.base.checksums)
             for start in range(0, pages.page_count, _ZERO_PAGES):
                 await stream.append(partial(_without_data, idstr, pages, start, page_size))
-            for window in data_windows({idstr: pages}, page_size):
+            for window in data_windows({idstr: pages}, page_size, summing.width):
                 data = await read_window(epoch, window, page_size, buffers)
-                await stream.append(partial(_window, window, data, page_size, look_for_zeros=look_for_zeros))
+                await stream.append(
+                    partial(_window, window, data, page_size, summing, look_for_zeros=look_for_zeros)
+                )
+        _, after = frame(replace(image, trailer=summing.in_trailer(image.trailer)))
         await stream.append(lambda: _Records([memoryview(after)]))
     finally:
         await channels.aclose()
@@ -115,8 +122,11 @@ def _without_data(idstr: str, pages: PagesBitmap, start: int, page_size: int) ->
     return _Records(zero_records(idstr, zero_pages, page_size), zero_pages=zero_pages.size)
 
 
-def _window(window: Window, data: npt.NDArray[np.uint8], page_size: int, *, look_for_zeros: bool) -> _Records:
+def _window(
+    window: Window, data: npt.NDArray[np.uint8], page_size: int, summing: Summing, *, look_for_zeros: bool
+) -> _Records:
     """The records of a window's pages with data."""
+    summing.note(window.idstr, window.start, data.data)
     normal = window.mask & nonzero_pages(data, page_size) if look_for_zeros else window.mask
     normal_pages = window.start + np.flatnonzero(normal)
     zero_pages = window.start + np.flatnonzero(window.mask & ~normal)

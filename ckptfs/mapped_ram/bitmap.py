@@ -153,6 +153,17 @@ class PagesBitmap:
         whole = int(np.bitwise_count(self._words[first : last + 1]).sum(dtype=np.int64))
         return whole - before.bit_count() - after.bit_count()
 
+    def any_of_each(self, width: int) -> npt.NDArray[np.bool_]:
+        """For every ``width`` pages, and for what is left of them at the end, whether any is set."""
+        result = np.zeros(-(-self.page_count // width), np.bool_)
+        segment = width * max(1, SEGMENT_WORDS * 64 // width)
+        for start in range(0, self.page_count, segment):
+            stop = min(start + segment, self.page_count)
+            if self.any(start, stop):
+                bits = np.pad(self.expand(start, stop), (0, (start - stop) % width))
+                result[start // width : -(-stop // width)] = bits.reshape(-1, width).any(axis=1)
+        return result
+
     def run_at(self, page: int, stop: int) -> tuple[bool, int]:
         """Whether ``page`` is set, and where the uniform run that begins there ends (``stop`` at the latest).
 

@@ -71,6 +71,13 @@ class Trailer:
         others = tuple(other for other in self.entries if other.name != entry.name)
         return replace(self, entries=(*others, entry))
 
+    def with_room_for(self, entry: Entry) -> "Trailer":
+        """The same with this entry if that can be written, without one of its name otherwise."""
+        others = tuple(other for other in self.entries if other.name != entry.name)
+        length = sum(len(one.header) + len(one.payload) for one in (*others, entry))
+        fits = length <= MAX_LENGTH and len(others) < MAX_ENTRIES
+        return replace(self, entries=(*others, entry) if fits else others)
+
     def after(self, change: Depends) -> "Trailer":
         """What still holds after a change of RAM, of the device state, or of both."""
         unknown = ~int(Depends.RAM | Depends.DEVICE_STATE)

@@ -1,11 +1,16 @@
 """Checkpoints as the tests of a guest open, save and judge them."""
 
 import os
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+import xxhash
+
 from ckptfs.channels.backing_file import DirectIO, FileSource, OpenedFile
 from ckptfs.channels.identity import Identity
+from ckptfs.foreign.content import read_content
 from ckptfs.guest.base import Base, BaseOptions
 from ckptfs.guest.guest import Guest
 from ckptfs.guest.saving import SaveRequest
@@ -40,6 +45,26 @@ def ram_in(path: Path, stream_offset: int = 0) -> dict[str, bytes]:
                 )
             ram[block.idstr] = bytes(content)
     return ram
+
+
+def unsummed(path: Path, stream_offset: int = 0) -> int:
+    """How many windows of a mapped-ram file have no checksum; those that there are have to be right."""
+    with path.open("rb") as file:
+        source = FileSource(file.fileno())
+        content = read_content(source, stream_offset)
+    payload = content.trailer.get("checksums")
+    assert payload is not None
+    window_length, count = struct.unpack_from(">4xII", payload)
+    sums = np.frombuffer(payload, ">u4", offset=len(payload) % 4)[::-1]  # they are the last of it, without a gap
+    unknown = 0
+    for _, ram in reversed(ram_in(path, stream_offset).items()):
+        windows = [ram[start : start + window_length] for start in range(0, len(ram), window_length)]
+        for window in reversed(windows):
+            found, sums = int(sums[0]), sums[1:]
+            unknown += found == 0
+            assert found in (0, xxhash.xxh3_64_intdigest(window) & 0xFFFFFFFF or 1)
+    assert count == len(content.checkpoint.blocks)
+    return unknown
 
 
 async def ram_of(guest: Guest) -> dict[str, bytes]:

@@ -22,7 +22,7 @@ from ckptfs.errors import StorageError
 from ckptfs.guest.block import GuestBlock, PageState
 from ckptfs.guest.guest import Guest
 from ckptfs.migration.parameters import ZeroPageDetection
-from tests.doubles.checkpoints import fill, open_base, ram_in, ram_of, save_request
+from tests.doubles.checkpoints import fill, open_base, ram_in, ram_of, save_request, unsummed
 from tests.doubles.held_save import held_save
 from tests.doubles.migration_file import Block, MigrationFile
 from tests.doubles.storage import open_descriptors
@@ -179,6 +179,7 @@ class Run:
             self.model.base = self.saved[path] = at_the_moment
         for file, content in self.saved.items():
             assert ram_in(file) == content
+        assert operation.fails or unsummed(path) == 0
 
     async def check(self) -> None:
         """All of RAM, and what is said of each page."""

@@ -3,17 +3,19 @@
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ckptfs.channels.backing_file import FileSource
 from ckptfs.channels.reflink import share
 from ckptfs.errors import StorageError
+from ckptfs.foreign.content import read_content
 from ckptfs.guest.guest import Guest
 from ckptfs.guest.saving import save
-from tests.doubles.checkpoints import ram_in, ram_of, save_request
+from tests.doubles.checkpoints import open_base, ram_in, ram_of, save_request, unsummed
 from tests.mount.disk import Disk
 
 MiB = 1 << 20
@@ -58,6 +60,7 @@ async def test_what_was_not_written_takes_no_space(guest: Guest, xfs: Path) -> N
     assert stored(xfs) - before < 4 * MiB
     assert await ram_of(guest) == expected
     assert ram_in(xfs / "second") == expected
+    assert unsummed(xfs / "second") == 0
     progress = guest.migrations.newest.progress
     assert progress.remaining_pages == 0
     assert progress.normal_pages + progress.zero_pages == progress.total_pages
@@ -68,6 +71,37 @@ async def test_what_was_not_written_takes_no_space(guest: Guest, xfs: Path) -> N
     guest.close()
     (xfs / "second").unlink()
     assert ram_in(xfs / "third") == expected
+    assert unsummed(xfs / "third") == 0
+
+
+async def test_of_a_base_without_checksums_what_is_shared_has_none(guest: Guest, xfs: Path) -> None:
+    guest.close()
+    with (xfs / "base").open("r+b") as file:
+        base = read_content(FileSource(file.fileno()))
+        file.truncate(base.checkpoint.end_offset)
+    guest = Guest.incoming(open_base(xfs / "base"))
+    await guest.write(guest.blocks["pc.ram"], 5 * MiB + 300, b"changed")
+    await save(guest, save_request(xfs / "second"))
+    guest.close()
+    assert unsummed(xfs / "second") == (LENGTH >> 16) - 1
+
+
+async def test_what_is_shared_and_can_not_be_read_has_no_checksum(
+    guest: Guest, xfs: Path, monkeypatch: pytest.MonkeyPatch, expect_log: Callable[[str], None]
+) -> None:
+    """Of a window in which some pages were written, the others are read for its checksum alone."""
+    expect_log(r"ERROR ckptfs\.guest\.base: pc\.ram: page\(s\) \[.*\] can't be read from the checkpoint: ")
+
+    def refused(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    expected = await ram_of(guest)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "preadv", refused)
+        await save(guest, save_request(xfs / "second"))
+    assert ram_in(xfs / "second") == expected
+    assert unsummed(xfs / "second") > 0
+    guest.close()
 
 
 @pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL])
@@ -87,6 +121,7 @@ async def test_where_they_can_not_be_shared_they_are_written(
     await save(guest, save_request(xfs / "second"))
     assert len(calls) == 6
     assert ram_in(xfs / "second") == expected
+    assert unsummed(xfs / "second") == 0
     guest.close()
 
 

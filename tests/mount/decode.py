@@ -14,7 +14,7 @@ _RAM_FLAG_EOS = 0x10
 
 @dataclass(frozen=True)
 class Decoded:
-    """RAM blocks (bytes by idstr), and all that comes after the RAM section, verbatim."""
+    """RAM blocks (bytes by idstr), and all of the stream that comes after the RAM section, verbatim."""
 
     blocks: dict[str, npt.NDArray[np.uint8]]
     device_sections: bytes
@@ -39,6 +39,10 @@ class Reader:
 
     def text(self) -> bytes:
         return self.take(self.number(1))
+
+    def rest(self) -> bytes:
+        """All up to the end of the stream, where there may be a trailer."""
+        return self.data[self.position :].tobytes().partition(b"CKPTFS\r\n")[0]
 
     def expect(self, form: str, *values: int) -> None:
         found = struct.unpack(form, self.take(struct.calcsize(form)))
@@ -73,7 +77,7 @@ def decode(path: Path, offset: int = 0) -> Decoded:
         else:
             raise ValueError(f"{path}: section type {section_type} before byte {reader.position:#x}")
     reader.expect(">IQBI", ram_id, _RAM_FLAG_EOS, _FOOTER, ram_id)
-    return Decoded(blocks, reader.data[reader.position :].tobytes())
+    return Decoded(blocks, reader.rest())
 
 
 def _decode_blocks(reader: Reader) -> dict[str, npt.NDArray[np.uint8]]:

@@ -75,7 +75,7 @@ def decode(path: Path, offset: int = 0) -> Decoded:
         reader.position -= 8
         _expect(reader, end)
         if section_type == 3:
-            return Decoded(machine, configuration, decoded.blocks, reader.data[reader.position :].tobytes())
+            return Decoded(machine, configuration, decoded.blocks, reader.rest())
     raise AssertionError(f"section type {section_type} before byte {reader.position:#x}")
 
 
