@@ -53,7 +53,8 @@ class StatusFile:
         try:
             yield
         except FileNotFoundError:
-            raise StateError(f"{directory}: no guest's RAM is mounted here", errno.ENOENT) from None
+            problem = "no guest's RAM is mounted here" if os.path.isdir(directory) else "no such directory"
+            raise StateError(f"{directory}: {problem}", errno.ENOENT) from None
         except OSError as error:
             if error.errno in (errno.ENOTCONN, errno.ECONNABORTED):
                 raise StateError(

@@ -4,6 +4,8 @@ import argparse
 import os
 import signal
 import sys
+from difflib import get_close_matches
+from typing import NoReturn
 
 from ckptfs import __version__
 from ckptfs.cli.commands import COMMANDS
@@ -19,7 +21,7 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `ckptfs info FILE | head` ends as other tools do
     sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr] # paths go out as they came in
-    arguments = parser().parse_args()
+    arguments = _parse(sys.argv[1:])
     try:
         return arguments.command.load()(arguments)  # type: ignore[no-any-return]
     except CommandError as error:
@@ -34,9 +36,32 @@ def main() -> int:
         return EXIT_FAILED
 
 
+class _Parser(argparse.ArgumentParser):
+    """A user wants one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {message} ({self.prog} --help tells more)", file=sys.stderr)
+        sys.exit(EXIT_USAGE)
+
+
+def _parse(words: list[str]) -> argparse.Namespace:
+    """The arguments; a word that is no command is answered with the likely one, and none with the help."""
+    whole, names = parser(), [command.name for command in COMMANDS]
+    if not words:
+        whole.print_help(sys.stderr)
+        sys.exit(EXIT_USAGE)
+    if not words[0].startswith("-") and words[0] not in names:
+        likely = get_close_matches(words[0], names, 1)
+        whole.error(f"there is no command {words[0]!r}" + (f", did you mean {likely[0]!r}?" if likely else ""))
+    return whole.parse_args(words)
+
+
 def parser() -> argparse.ArgumentParser:
     """The parser that the table of commands describes."""
-    whole = argparse.ArgumentParser(prog="ckptfs", description="Examine checkpoints and mounts of guests' RAM.")
+    whole = _Parser(
+        prog="ckptfs",
+        description="Save, restore and examine virtual machines' memory: mounted, in a file, or of a running QEMU.",
+    )
     whole.add_argument("--version", action="version", version=f"ckptfs {__version__}")
     commands = whole.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:

@@ -1,6 +1,7 @@
 """ckptfs save, restore, prefetch, reset, cancel, wait: ctl's commands, which can be interrupted and killed here."""
 
 import argparse
+import os
 import shlex
 
 from ckptfs.cli.control import perform, wait_until_idle
@@ -9,7 +10,7 @@ from ckptfs.cli.progress import display_for, tell
 
 def save(arguments: argparse.Namespace) -> int:
     """Write a checkpoint."""
-    words = [_path(arguments.target)] if arguments.target else []
+    words = [target_of(arguments.target)] if arguments.target else []
     words += [word for word in ("ram-only", "force") if getattr(arguments, word.replace("-", "_"))]
     return _run(arguments, "save", *words)
 
@@ -46,6 +47,6 @@ def _run(arguments: argparse.Namespace, *words: str) -> int:
     return 0
 
 
-def _path(target: str) -> str:
-    """ctl takes a word without a slash for a misspelt one; here it can be a path alone."""
-    return target if "/" in target or ":" in target else f"./{target}"
+def target_of(text: str) -> str:
+    """A target as ctl and migrate take it: a URI, or a path from where we stand, with or without a slash."""
+    return text if ":" in text else os.path.abspath(text)

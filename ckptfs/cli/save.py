@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(f"{arguments.target}: with --qmp there is no DIR, and one FILE")
     if arguments.ram_only or arguments.force:
         raise CommandError("--ram-only and --force are for what is mounted, not for --qmp")
-    target = seekable_file(parse_target(_path(arguments.directory)))
+    target = seekable_file(parse_target(operate.target_of(arguments.directory)))
     if isinstance(target, FdAddress):
         raise CommandError(f"{arguments.directory}: save to a path")
     target = FileMigrationArgs(os.path.abspath(target.filename), target.offset)
@@ -86,7 +86,3 @@ async def _show(guest: Guest, display: Display) -> None:
         state = "saving" if newest.running else "idle"
         display.show({"state": state, "migration": query_migrate(newest, guest.page_size).to_json()})
         await trio.sleep(_INTERVAL)
-
-
-def _path(target: str) -> str:
-    return target if "/" in target or ":" in target else f"./{target}"

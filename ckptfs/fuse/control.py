@@ -214,7 +214,7 @@ class Control:
         for idstr in idstrs:
             block = guest.blocks.get(idstr)
             if block is None:
-                raise CommandError(f"there is no ram/{command.name}", errno.ENOENT)
+                raise CommandError(f"there is no ram/{command.name}: `ls ram` lists what there is", errno.ENOENT)
             if command.start > block.used_length:
                 size = block.used_length
                 raise CommandError(

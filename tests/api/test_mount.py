@@ -32,7 +32,7 @@ def test_a_new_guest_is_saved_and_comes_back(tmp_path: Path) -> None:
 
 def test_words_of_failures(tmp_path: Path) -> None:
     with (
-        pytest.raises(StateError, match="no such file; if this is to be a new guest"),
+        pytest.raises(StateError, match="For a new guest, say how much RAM it has"),
         ckptfs.mounted(tmp_path / "x"),
     ):
         raise AssertionError

@@ -27,5 +27,11 @@ def test_the_version(run_ckptfs: RunCkptfs) -> None:
     assert run_ckptfs("--version").stdout == f"ckptfs {__version__}\n"
 
 
-def test_an_unknown_command_is_wrong_usage(run_ckptfs: RunCkptfs) -> None:
-    assert "invalid choice: 'nosuch'" in run_ckptfs("nosuch", code=2).stderr
+def test_wrong_usage(run_ckptfs: RunCkptfs) -> None:
+    help_tells = "(ckptfs --help tells more)\n"
+    assert run_ckptfs("nosuch", code=2).stderr == f"ckptfs: there is no command 'nosuch' {help_tells}"
+    assert (
+        run_ckptfs("sav", code=2).stderr == f"ckptfs: there is no command 'sav', did you mean 'save'? {help_tells}"
+    )
+    assert "required: DIR (ckptfs restore --help tells more)" in run_ckptfs("restore", code=2).stderr
+    assert run_ckptfs(code=2).stderr == run_ckptfs("--help").stdout
