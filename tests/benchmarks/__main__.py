@@ -23,6 +23,7 @@ BENCHMARKS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "live": machines.live,
     "running": machines.running,
     "run": machines.mapped,
+    "clones": machines.clones,
     "busy": captures.busy,
     "memory": daemon.memory,
     "writers": daemon.writers,

@@ -1,5 +1,7 @@
 """A live checkpoint of a running QEMU, and a start from a checkpoint, against what stock QEMU does by itself."""
 
+import re
+import subprocess
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -209,6 +211,61 @@ async def _start_run(setting: Setting, guest: Guest, memory: int, starts: _Start
     async with Qemu(guest, memory=_mebibytes(memory), program=program) as vm:
         await vm.tick()
         starts.tick.append(time.perf_counter() - started)
+
+
+COUNT = 50
+"""Clones that run at once."""
+
+
+def clones(setting: Setting) -> Iterator[Row]:
+    """`ckptfs run --count` of the smallest guest: until all of them tick, and the memory of all."""
+    memory = setting.guest_sizes[0]
+    guest = build_guest(setting.directory)
+    trio.run(_checkpoint, setting, guest, memory)
+    many, one, pss = [], [], []
+    for _ in range(setting.rounds):
+        seconds, mebibytes = _run_clones(setting, memory, COUNT)
+        many.append(seconds)
+        pss.append(mebibytes)
+        one.append(_run_clones(setting, memory, 1)[0])
+    size = _name(memory)
+    yield Row(f"{COUNT} clones of {size} until all have ticked", "s", many, one, "one clone")
+    yield Row(
+        f"PSS of {COUNT} clones of {size}", "MiB", pss, [COUNT * memory / MiB], "all of the RAM that they have"
+    )
+
+
+async def _checkpoint(setting: Setting, guest: Guest, memory: int) -> None:
+    async with _guest_on_mount(setting, guest, memory) as (mount, *_):
+        mount.ctl("save")
+
+
+def _run_clones(setting: Setting, memory: int, count: int) -> tuple[float, float]:
+    """Seconds until all have ticked, and the MiB that all of them hold then (PSS, proc(5)); caches are cold."""
+    make_cold(setting.checkpoint)
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as directory:
+        command = [
+            BIN / "ckptfs", "run", "--count", str(count), "--directory", directory, setting.checkpoint, "--",
+            "-accel", "tcg,thread=single", "-nodefaults", "-serial", "stdio", "-m", _mebibytes(memory),
+        ]  # fmt: skip
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+            try:
+                serials = [Path(directory) / f"{number}.serial" for number in range(1, count + 1)]
+                while not all(serial.exists() and "MD5OK" in serial.read_text() for serial in serials):
+                    if process.poll() is not None:
+                        raise RuntimeError(f"ckptfs run ended with {process.returncode}")
+                    time.sleep(0.02)
+                return time.perf_counter() - started, _pss_of_children(process.pid)
+            finally:
+                process.terminate()
+
+
+def _pss_of_children(pid: int) -> float:
+    """MiB that the children of a process hold, what they share counted once."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    rollups = [Path(f"/proc/{child}/smaps_rollup").read_text() for child in children]
+    return sum(int(re.findall(r"^Pss: +(\d+)", rollup, re.MULTILINE)[0]) for rollup in rollups) / 1024
 
 
 async def _start_stock(setting: Setting, guest: Guest, memory: int, starts: _Starts) -> None:

@@ -4,6 +4,7 @@ The guest writes pass N into page after page, and stops where its registers and 
 """
 
 import errno
+import filecmp
 import os
 import shutil
 import subprocess
@@ -136,6 +137,11 @@ async def test_a_paused_guest_stays_paused(way: str, stepper: Stepper, tmp_path:
         result = await save(vm, tmp_path / "saved", f"--capture={way}")
         assert "guest paused 0.0 ms" in result.stdout, result
         assert await vm.run_state() == {"snapshot": "paused", "precopy": "postmigrate"}[way]
+        await vm.pmemsave(tmp_path / "memory", 0, 32 << 20)
+        async with MACHINE.anonymous(stepper) as stock:
+            await stock.load(tmp_path / "saved")
+            await stock.pmemsave(tmp_path / "loaded", 0, 32 << 20)
+        assert filecmp.cmp(tmp_path / "memory", tmp_path / "loaded", shallow=False)
         await vm.cont()
         await ticks(vm)
         await assert_is_right(tmp_path / "saved", stepper, "paused")

@@ -305,14 +305,14 @@ class Qemu:
 
     async def migration_ended(self) -> None:
         """Wait until no migration runs, whoever began it."""
-        with trio.fail_after(DEADLINE):
-            while (await self.qmp("query-migrate")).get("status", "none") not in (
-                "none",
-                "completed",
-                "failed",
-                "cancelled",
-            ):
-                await trio.lowlevel.checkpoint()
+        status = ""
+        try:
+            with trio.fail_after(DEADLINE):
+                while status not in ("none", "completed", "failed", "cancelled"):
+                    status = (await self.qmp("query-migrate")).get("status", "none")
+        except trio.TooSlowError as error:
+            error.add_note(f"QEMU's migration is {status}")
+            raise
 
     # --- what is in its memory -----------------------------------------------------------------------------
 
