@@ -28,6 +28,7 @@ def perform(directory: str, command: str, display: Display) -> str:
         poll.register(status.fd, select.POLLPRI)
         interrupted = False
         while True:
+            display.show(status.read())
             ready = {fd for fd, _ in poll.poll(_REFRESH * 1000)}
             if answer in ready:
                 break
@@ -38,7 +39,6 @@ def perform(directory: str, command: str, display: Display) -> str:
                 os.read(signals, 16)
                 display.say(CANCELLING)
                 cancel(directory)
-            display.show(status.read())
         return answer_from(directory, answer)
 
 

@@ -247,8 +247,7 @@ def _is_there(spec: SeekableAddress, options: MountOptions) -> bool:
     if not exists and not options.ram and options.qmp is None:
         raise CommandError(
             f"{spec.filename}: no such file. For a new guest, say how much RAM it has: -o ram=pc.ram:1G. For a"
-            f" machine"
-            " that has its own RAM, say where its QMP socket is: -o qmp=SOCKET",
+            " machine that has its own RAM, say where its QMP socket is: -o qmp=SOCKET",
             errno.ENOENT,
         )
     if not exists:

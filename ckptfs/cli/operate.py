@@ -5,7 +5,7 @@ import os
 import shlex
 
 from ckptfs.cli.control import perform, wait_until_idle
-from ckptfs.cli.progress import display_for, tell
+from ckptfs.cli.progress import Display, Prefetching, display_for, tell
 
 
 def save(arguments: argparse.Namespace) -> int:
@@ -22,8 +22,11 @@ def restore(arguments: argparse.Namespace) -> int:
 
 def prefetch(arguments: argparse.Namespace) -> int:
     """Warm the kernel's cache."""
-    words = (arguments.name, arguments.start, arguments.length)
-    return _run(arguments, "prefetch", *(word for word in words if word is not None))
+    words = [word for word in (arguments.name, arguments.start, arguments.length) if word is not None]
+    display = display_for(arguments)
+    if len(words) < 2:  # how much of a part is read, status does not tell
+        display = Prefetching(display, arguments.name)
+    return _run(arguments, "prefetch", *words, display=display)
 
 
 def reset(arguments: argparse.Namespace) -> int:
@@ -42,8 +45,8 @@ def wait(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _run(arguments: argparse.Namespace, *words: str) -> int:
-    tell(arguments, perform(arguments.directory, shlex.join(words), display_for(arguments)))
+def _run(arguments: argparse.Namespace, *words: str, display: Display | None = None) -> int:
+    tell(arguments, perform(arguments.directory, shlex.join(words), display or display_for(arguments)))
     return 0
 
 

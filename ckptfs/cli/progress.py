@@ -128,3 +128,34 @@ class JSONLines(Nothing):
         if line != self._last and status["state"] != "idle":
             self._last = line
             print(line, flush=True)
+
+
+class Prefetching:
+    """Has a display show a prefetch, which is no migration: what the checkpoint still has of a block, or of all."""
+
+    def __init__(self, display: Display, name: str | None) -> None:
+        self._display = display
+        self._name = name
+        self._total: int | None = None
+
+    def __enter__(self) -> Self:
+        self._display.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._display.__exit__(kind, error, traceback)
+
+    def say(self, words: str) -> None:
+        """Say it there."""
+        self._display.say(words)
+
+    def show(self, status: Status) -> None:
+        """Show it as a migration."""
+        blocks = [block for block in status["blocks"] if block["file"] == f"ram/{self._name}" or self._name is None]
+        remaining = sum(block["checkpoint-pages"] * block["page-size"] for block in blocks)
+        if self._total is None:
+            self._total = remaining
+        ram = {"total": self._total, "remaining": remaining}
+        self._display.show({**status, "state": "prefetching", "migration": {"status": "active", "ram": ram}})

@@ -118,7 +118,10 @@ def test_restore_prefetch_and_reset(mounted: Mounted, mount: Mount, tmp_path: Pa
     mounted.ctl("save")
     incoming = mount(tmp_path / "storage/vm")
     assert run_ckptfs("prefetch", incoming.path, "pc.ram", "0", "1M").stdout.startswith("1048576 bytes")
-    assert run_ckptfs("prefetch", incoming.path).stdout.startswith(f"{LENGTH} bytes are in")
+    *progress, answer = map(json.loads, run_ckptfs("prefetch", "--json", incoming.path).stdout.splitlines())
+    assert progress[0]["state"] == "prefetching"
+    assert 0 < progress[0]["migration"]["ram"]["total"] <= LENGTH - MiB
+    assert answer["answer"].startswith(f"{LENGTH} bytes are in")
     assert "there is no ram/nosuch" in run_ckptfs("prefetch", incoming.path, "nosuch", code=1).stderr
     with (incoming.ram / "pc.ram").open("r+b", buffering=0) as file:
         file.write(b"x")
