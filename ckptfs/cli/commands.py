@@ -268,6 +268,20 @@ COMMANDS = (
         "ckptfs.cli.run:run",
     ),
     Command(
+        "verify",
+        "whether a checkpoint is what was saved",
+        "Read all that has a checksum, and compare; and hold the file against QEMU's rules. What ckptfs saves has "
+        "a checksum for every 64 KiB of RAM, and for all that is beside it; a file of QEMU's has none. Exit code "
+        "1: something is wrong, and what, with block and pages, is on stderr.",
+        (
+            argument("paths", metavar="FILE", nargs="+", help="a checkpoint"),
+            OFFSET,
+            argument("-q", "--quiet", action="store_true", help="say nothing but what is wrong"),
+            JSON,
+        ),
+        "ckptfs.cli.verify:run",
+    ),
+    Command(
         "export",
         "write memory as other tools read it",
         "Write the memory of a checkpoint, or of a mount, to OUT: raw is a flat image by guest-physical address, "

@@ -220,7 +220,13 @@ def open_guest(spec: SeekableAddress | None, options: MountOptions) -> Guest:
     descriptors.check()
     capture = CaptureOptions(options.capture, options.capture_rounds)
     settings = Settings(
-        options.parameters, options.capabilities, descriptors, options.uuid, options.shared, capture
+        options.parameters,
+        options.capabilities,
+        descriptors,
+        options.uuid,
+        options.shared,
+        capture,
+        verify=options.verify,
     )
     bound = None if options.qmp is None else Machine(options.qmp, Identity.of_daemon())
     guest = Guest(settings, Machines(bound), read_only=options.read_only)

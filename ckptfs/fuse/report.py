@@ -113,6 +113,7 @@ def describe_mount(
         blocks=blocks,
         bad_pages=tuple(BadPage(idstr, page, error) for (idstr, page), error in readers.bad_pages.items()),
         bad_page_count=len(readers.bad_pages),
+        verified=_verified(guest),
         last_command=last_command,
         last_outcome=last_outcome,
         base_offset=None if checkpoint is None else checkpoint.stream_offset,
@@ -155,3 +156,12 @@ def _vmstate(guest: Guest) -> str:
             return "used: a machine has run on this RAM, and has ended; `reset` makes it ready again"
         return "in use: a machine was started from it"
     return "stale: pages were written since the checkpoint" if guest.has_written else "ready"
+
+
+def _verified(guest: Guest) -> str:
+    if not guest.settings.verify:
+        return "off"
+    windows = None if guest.base is None else guest.base.verified_windows
+    if guest.base is None or windows is None:
+        return "on: " + ("no checkpoint yet" if guest.base is None else "this checkpoint has no checksums")
+    return f"on: {windows[0]} of {windows[1]} windows have checksums"

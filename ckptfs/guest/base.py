@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import logging
+import mmap
 import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
@@ -10,10 +11,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from uuid import UUID
 
+import numpy as np
 import trio
 
 from ckptfs.channels.backing_file import BackingFile, DirectIO, FileSource, OpenedFile
-from ckptfs.channels.buffers import AlignedBuffers
+from ckptfs.channels.buffers import BUFFER_LENGTH, AlignedBuffers
 from ckptfs.channels.channels import BACKING_DEADLINE, CLOSING_DEADLINE, Channel, Channels, NoAnswerError
 from ckptfs.channels.identity import Identity
 from ckptfs.channels.reflink import share
@@ -24,11 +26,12 @@ from ckptfs.foreign.content import Content, read_content, read_header
 from ckptfs.guest.block import BaseBlock
 from ckptfs.guest.pages import MappedPages, PageSource, RecordedPages
 from ckptfs.mapped_ram.bitmap import PagesBitmap, Run
-from ckptfs.mapped_ram.checkpoint import read_device_state, read_setup
-from ckptfs.mapped_ram.checksums import checksums_in
+from ckptfs.mapped_ram.checkpoint import Checkpoint, read_device_state, read_setup
+from ckptfs.mapped_ram.checksums import checksums_in, wrong_parts
 from ckptfs.mapped_ram.layout import Image, image_of
 from ckptfs.mapped_ram.ramblock import RAMBlock
 from ckptfs.mapped_ram.stream import is_mapped_ram, uuid_of
+from ckptfs.mapped_ram.trailer import Trailer
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +60,8 @@ class BadPagesError(StorageError):
 class BaseOptions:
     """How a checkpoint is read; ``shared`` names the files of RAM that it leaves out, by idstr.
 
-    One that has a uuid has to have this ``uuid``, if there is one.
+    One that has a uuid has to have this ``uuid``, if there is one. ``verify``: what is read has to have the
+    checksum that was saved with it.
     """
 
     direct_io: DirectIO
@@ -65,6 +69,7 @@ class BaseOptions:
     shared: dict[str, str] = field(default_factory=dict)
     deadline: float = BACKING_DEADLINE
     uuid: UUID | None = None
+    verify: bool = False
 
 
 @dataclass
@@ -118,6 +123,8 @@ class Base:
         self.bytes_read = 0
         self.read_count = 0
         self.deadline = options.deadline
+        self.verified_windows: tuple[int, int] | None = None
+        """How many windows have a checksum that is looked at, and how many there are; None if none is looked at."""
         source = FileSource(file.fd)
         self.version = FileVersion.of(file.fd)
         """Which file it is, and as of when."""
@@ -135,10 +142,17 @@ class Base:
                 log.warning("%s: what it says of its machine can't be read: %s", path, content.trailer_problem)
             self.checkpoint, self.trailer = content.checkpoint, content.trailer
             self.checksums = checksums_in(self.trailer, self.checkpoint.blocks)
+            self._verified = self.checksums if options.verify else None
             self.blocks = {
                 idstr: BaseBlock(bmap, _pages(content, idstr, channels))
                 for idstr, bmap in content.file_bmaps.items()
             }
+            if self._verified is not None:
+                self.verified_windows = self._verified.known(self.blocks)
+            elif options.verify:
+                log.warning("%s: has no checksums, so what is read of it is not verified", path)
+            if options.verify and mapped:
+                _refuse_damage(source, self.checkpoint, self.trailer)
             self.setup = read_setup(source, self.checkpoint)
             self.device_state = read_device_state(source, self.checkpoint)
             left_out = [block for block in self.checkpoint.blocks if block.idstr not in self.blocks]
@@ -210,7 +224,8 @@ class Base:
         """Return pages [start, stop) as the checkpoint has them; pages it has no data for are zeros.
 
         One I/O for each run of pages, all on one channel; a reader of pages that somebody is reading already
-        waits for him, and makes his read urgent if its own would be. Raises BadPagesError for pages that can't be
+        waits for him, and makes his read urgent if its own would be. Where checksums are looked at, whole windows
+        are read, and all pages of one that is wrong are bad. Raises BadPagesError for pages that can't be
         read, StorageError if the base was closed, NoAnswerError if the storage is silent: at once, where a thread
         waits for these pages past its deadline, as the kernel asks again for what it did not get.
         """
@@ -225,19 +240,25 @@ class Base:
                 raise shared.error
             if shared.data is not None:
                 return shared.part(idstr, start, stop, page_size)
-        fetch = _Fetch(start, stop)
+        fetch = _Fetch(*self._to_be_read(idstr, start, stop, page_size))
         self._in_flight[idstr].append(fetch)
         try:
             await self._read(fetch, idstr, page_size, urgent)
         except (CkptfsError, OSError) as error:
             fetch.error = error
             if isinstance(error, NoAnswerError) and error.returned is not None:
-                self._note_unanswered(Unanswered(idstr, start, stop, error.returned), str(error))
+                self._note_unanswered(Unanswered(idstr, fetch.start, fetch.stop, error.returned), str(error))
             raise
         finally:
             self._in_flight[idstr].remove(fetch)
             fetch.ended.set()
         return fetch.part(idstr, start, stop, page_size)
+
+    def _to_be_read(self, idstr: str, start: int, stop: int, page_size: int) -> Run:
+        """The pages that have to be read for [start, stop): whole windows, where checksums are looked at."""
+        if self._verified is None:
+            return Run(start, stop)
+        return self._verified.around(Run(start, stop), page_size, self.blocks[idstr].file_bmap.page_count)
 
     def _note_unanswered(self, late: Unanswered, reason: str) -> None:
         self._unanswered.append(late)
@@ -257,9 +278,10 @@ class Base:
     async def _read(self, fetch: _Fetch, idstr: str, page_size: int, urgent: bool) -> None:
         start, stop = fetch.start, fetch.stop
         block = self.blocks[idstr]
-        buffer = self._buffers.take((stop - start) * page_size)
+        buffer = self._buffer((stop - start) * page_size)
         runs = list(block.file_bmap.runs(start, stop))
         bad: dict[int, str] = {}
+        verified = self._verified
 
         # knows nothing of `fetch`, which knows it: no cycle keeps the buffer
         def read_runs(channel: Channel) -> None:
@@ -270,6 +292,9 @@ class Base:
                 bad.update(_read_run(channel, part, idstr, block.pages, run, page_size))
                 position = run.stop
             _zero(buffer, (position - start) * page_size, len(buffer))
+            if verified is not None:
+                for wrong in verified.wrong(idstr, Run(start, stop), buffer, page_size):
+                    bad.update(_wrong_pages(block.file_bmap, idstr, wrong, bad))
 
         fetch.hurry = partial(block.pages.channels.hurry, read_runs)
         await block.pages.channels.carry(read_runs, urgent=urgent)
@@ -285,6 +310,12 @@ class Base:
         ``view`` gives the memory for pages [start, stop). Raises BadPagesError, StorageError.
         """
         pages = self.blocks[idstr].pages
+        if self._verified is not None:
+            first = runs[0].start
+            data = await self.fetch(idstr, first, runs[-1].stop, page_size, urgent=False)
+            for run in runs:
+                view(*run)[:] = data[(run.start - first) * page_size : (run.stop - first) * page_size]
+            return
 
         def read_runs(channel: Channel) -> None:
             for run in runs:
@@ -295,6 +326,12 @@ class Base:
         await pages.channels.carry(read_runs, urgent=False)
         self.read_count += len(runs)
         self.bytes_read += sum(run.stop - run.start for run in runs) * page_size
+
+    def _buffer(self, length: int) -> memoryview:
+        """A page-aligned buffer; windows may make a read longer than those that are kept."""
+        if length <= BUFFER_LENGTH:
+            return self._buffers.take(length)
+        return np.frombuffer(mmap.mmap(-1, length), np.uint8).data
 
     def close(self) -> None:
         """Close the backing file; reads that are under way end first."""
@@ -309,6 +346,24 @@ class Base:
             await channels.aclose()
         with trio.move_on_after(CLOSING_DEADLINE, shield=True):
             await trio.to_thread.run_sync(self.close, abandon_on_cancel=True)
+
+
+def _refuse_damage(source: FileSource, checkpoint: Checkpoint, trailer: Trailer) -> None:
+    """Raise CheckpointError if anything beside the pages is not what was saved: without it, pages say nothing."""
+    for part in wrong_parts(source, checkpoint, trailer):
+        raise CheckpointError(
+            f"{part.name} does not have the checksum that was saved with it: `verify=off` mounts it all the same",
+            part.start,
+        )
+
+
+def _wrong_pages(file_bmap: PagesBitmap, idstr: str, window: Run, bad: Mapping[int, str]) -> dict[int, str]:
+    """The pages with data of a window whose checksum is wrong, and why they are bad."""
+    pages = [page for run in file_bmap.runs(*window) for page in range(*run)]
+    reason = f"the checksum of pages {window.start} to {window.stop - 1} is wrong"
+    if not any(page in bad for page in pages):  # those of a window that can't be read were logged
+        log.error("%s: %s", idstr, reason)
+    return dict.fromkeys(pages, reason)
 
 
 def _pages(content: Content, idstr: str, channels: Channels) -> PageSource:

@@ -27,6 +27,7 @@ from ckptfs.guest.block import PageStack
 from ckptfs.guest.checksums import Summing
 from ckptfs.guest.layer import Layer
 from ckptfs.mapped_ram.bitmap import PagesBitmap
+from ckptfs.mapped_ram.checksums import stream_entry
 from ckptfs.mapped_ram.layout import Image, layout
 from ckptfs.mapped_ram.trailer import NO_TRAILER
 from ckptfs.migration.outgoing import coalesce, nonzero_pages, page_windows
@@ -162,9 +163,17 @@ async def write_checkpoint(
     bitmaps = [
         (block.bitmap_offset or 0, blocks[block.idstr].file_bmap.to_bytes(image.bitmap_byteorder)) for block in kept
     ]
-    trailer = b"" if image.opaque else summing.in_trailer(image.trailer).encode()
+    trailer = trailer_of(image, summing, [*plan.extents, *bitmaps])
     await write_extents(lane, file, [*bitmaps, (plan.end_offset, trailer)], options.deadline)
     return Written(plan.header, channels.direct_io if options.direct_io.wanted else None)
+
+
+def trailer_of(image: Image, summing: Summing, extents: list[tuple[int, bytes]]) -> bytes:
+    """The trailer of a file that has ``extents`` beside its pages; empty where nobody would find it."""
+    if image.opaque:
+        return b""
+    parts = (data for _, data in sorted(extents))
+    return summing.in_trailer(image.trailer).with_room_for(stream_entry(parts)).encode()
 
 
 async def _share_unchanged(

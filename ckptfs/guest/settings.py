@@ -15,7 +15,7 @@ class Settings:
 
     ``uuid`` is what capability validate-uuid compares a checkpoint's with, and writes where the source has none;
     ``shared`` the files of RAM that checkpoints may leave out, by idstr; ``capture`` how a machine is captured
-    whose RAM is its own.
+    whose RAM is its own; ``verify`` whether checksums are looked at.
     """
 
     def __init__(
@@ -26,6 +26,8 @@ class Settings:
         uuid: UUID | None = None,
         shared: dict[str, str] | None = None,
         capture: CaptureOptions | None = None,
+        *,
+        verify: bool = False,
     ) -> None:
         self._parameters = parameters or MigrationParameters()
         self._capabilities = capabilities or MigrationCapabilities()
@@ -33,6 +35,7 @@ class Settings:
         self.descriptors = descriptors or Descriptors()
         self.uuid = uuid
         self.capture = capture or CaptureOptions()
+        self.verify = verify
 
     @property
     def parameters(self) -> MigrationParameters:
@@ -55,7 +58,9 @@ class Settings:
     def base_options(self) -> BaseOptions:
         """How a checkpoint is read."""
         uuid = self.uuid if self.capabilities.validate_uuid else None
-        return BaseOptions(self.direct_io(), self.parameters.multifd_channels, self._shared, uuid=uuid)
+        return BaseOptions(
+            self.direct_io(), self.parameters.multifd_channels, self._shared, uuid=uuid, verify=self.verify
+        )
 
     def direct_io(self) -> DirectIO:
         """As QEMU: without multifd it has no effect, so that it can't be required either."""

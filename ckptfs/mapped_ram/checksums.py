@@ -1,24 +1,29 @@
-"""Checksums of RAM, one for each window of a block: the entry ``checksums`` of a trailer; docs/format.md has it.
+"""Checksums: of RAM, one for each window of a block, and of all that a mapped-ram file has beside pages.
 
-A checksum is of what RAM holds, zeros included, and not of how a file stores it: one of a plain stream is that of a
-mapped-ram file. It is the lower half of XXH3 (64 bits), and `UNKNOWN` stands for none: docs/decisions/checksums.md
-says why. It guards against damage, not against people.
+They are the entries ``checksums`` and ``stream`` of a trailer; docs/format.md has them to the byte. One of RAM is
+of what RAM holds, zeros included, and not of how a file stores it: a plain stream has the same as a mapped-ram
+file. It is the lower half of XXH3 (64 bits), and `UNKNOWN` stands for none: docs/decisions/checksums.md says why.
+They guard against damage, not against people.
 """
 
 import struct
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from ckptfs.mapped_ram.bitmap import Run
+from ckptfs.mapped_ram.bitmap import Run, bitmap_length
+from ckptfs.mapped_ram.checkpoint import Checkpoint
 from ckptfs.mapped_ram.ramblock import RAMBlock
+from ckptfs.mapped_ram.stream import Source, quote_idstr
 from ckptfs.mapped_ram.trailer import Depends, Entry, Trailer
 
 NAME = "checksums"
+STREAM_NAME = "stream"
 UNKNOWN = 0
 """In the place of a checksum: there is none of this window."""
 
@@ -44,9 +49,11 @@ class Checksums:
     windows: Mapping[str, Sums]
 
     @classmethod
-    def of_zeros(cls, lengths: Mapping[str, int]) -> "Checksums":
-        """Those of blocks that are all zeros; ``lengths`` has their used_length by idstr."""
-        window_length = MIN_WINDOW_LENGTH
+    def of_zeros(cls, lengths: Mapping[str, int], window_length: int = MIN_WINDOW_LENGTH) -> "Checksums":
+        """Those of blocks that are all zeros; ``lengths`` has their used_length by idstr.
+
+        Windows are longer than ``window_length`` where there would be too many of them.
+        """
         while window_length < MAX_WINDOW_LENGTH and sum(lengths.values()) > _MAX_WINDOWS * window_length:
             window_length *= 2
         windows = {}
@@ -130,6 +137,48 @@ def checksums_in(trailer: Trailer, blocks: Iterable[RAMBlock]) -> Checksums | No
     """What a checkpoint's trailer tells of its blocks; None if that is nothing."""
     payload = trailer.get(NAME)
     return None if payload is None else Checksums.parse(payload, {x.idstr: x.used_length for x in blocks})
+
+
+class Part(NamedTuple):
+    """Bytes [start, stop) of a mapped-ram file that are no pages; ``name`` says what they are."""
+
+    name: str
+    start: int
+    stop: int
+
+
+def parts_beside_pages(checkpoint: Checkpoint) -> list[Part]:
+    """All that a mapped-ram file has beside pages, in its order: headers, bitmaps, sections."""
+    parts = []
+    position, name = checkpoint.stream_offset, "the stream's header"
+    for block in checkpoint.blocks:
+        if block.bitmap_offset is not None and block.pages_offset is not None:
+            bitmap_stop = block.bitmap_offset + bitmap_length(block.page_count)
+            parts.append(Part(name, position, block.bitmap_offset))
+            parts.append(Part(f"the bitmap of {quote_idstr(block.idstr)}", block.bitmap_offset, bitmap_stop))
+            position, name = block.pages_offset + block.used_length, "a block's header"
+    parts.append(Part("what comes after RAM: device state and vmdesc", position, checkpoint.end_offset))
+    return parts
+
+
+def stream_entry(parts: Iterable[bytes]) -> Entry:
+    """The entry for parts that hold these bytes."""
+    sums = b"".join(checksum(memoryview(part)).to_bytes(4) for part in parts)
+    return Entry(STREAM_NAME, _HASH + sums, Depends.FILE)
+
+
+def wrong_parts(source: Source, checkpoint: Checkpoint, trailer: Trailer) -> list[Part]:
+    """The parts of a mapped-ram file that are not what they were; none where the trailer does not tell."""
+    payload, parts = trailer.get(STREAM_NAME), parts_beside_pages(checkpoint)
+    if payload is None or payload[:4] != _HASH or len(payload) != 4 + 4 * len(parts):
+        return []
+    sums = [int.from_bytes(payload[at : at + 4]) for at in range(4, len(payload), 4)]
+    contents = (source.pread(part.start, part.stop - part.start) for part in parts)
+    return [
+        part
+        for part, former, data in zip(parts, sums, contents, strict=True)
+        if checksum(memoryview(data)) != former
+    ]
 
 
 def checksum(data: memoryview) -> int:

@@ -38,6 +38,8 @@ class Depends(IntFlag):
     """The content of RAM."""
     DEVICE_STATE = 2
     """The machine's state beside its RAM."""
+    FILE = 4
+    """How this one file has it: every save drops such an entry, and may write its own."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Trailer:
         return replace(self, entries=(*others, entry) if fits else others)
 
     def after(self, change: Depends) -> "Trailer":
-        """What still holds after a change of RAM, of the device state, or of both."""
+        """What still holds in another file, after a change of RAM, of the device state, of both, or of nothing."""
         unknown = ~int(Depends.RAM | Depends.DEVICE_STATE)
         return replace(self, entries=tuple(e for e in self.entries if not int(e.depends) & (int(change) | unknown)))
 

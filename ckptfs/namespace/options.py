@@ -36,6 +36,8 @@ class MountOptions:
     capture_rounds: int = CaptureOptions.max_rounds
     backends: list[str] = field(default_factory=list)
     """Idstrs of the blocks that QEMU has as memory backends; empty: found by the default rule."""
+    verify: bool = False
+    """Whether what is read has to have the checksum that was saved with it."""
     views: bool = True
     map: list[str] = field(default_factory=list)
     """Where blocks are in the guest's physical memory, an entry ``ID@ADDRESS[+LENGTH][:OFFSET]`` each."""
@@ -326,6 +328,12 @@ OPTIONS = (
         "ID[:ID...]",
         "The RAM blocks that QEMU has as memory backends, where they can't be told by their names.",
         _several("backends"),
+    ),
+    Option(
+        "verify",
+        "on|off",
+        "Give EIO for pages that do not have the checksum that was saved with them (default: off).",
+        _one("verify", parse_state),
     ),
     Option(
         "views", "on|off", "Show memory as debuggers open it, in views/ (default: on).", _one("views", parse_state)

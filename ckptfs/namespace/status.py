@@ -128,6 +128,8 @@ class Status:
     migration: QueryMigrate = field(default_factory=QueryMigrate)
     """The newest save or restore."""
     blocks: tuple[BlockStatus, ...] = ()
+    verified: str = "off"
+    """Whether checksums are looked at, and of how much there are some."""
     bad_page_count: int = 0
     bad_pages: tuple[BadPage, ...] = ()
     """The first of them."""
@@ -265,6 +267,12 @@ KEYS = (
         "ms",
         "From the mount until the last page was restored.",
         lambda status: status.time_to_full,
+    ),
+    Key(
+        "verify",
+        "",
+        "`off`, or `on` and how many windows of 64 KiB or more have a checksum to be read by (`-o verify=on`).",
+        lambda status: status.verified,
     ),
     Key(
         "bad-page-count",

@@ -340,8 +340,8 @@ STATUS_KEYS = [
     "direct-io", "writers", "qmp", "guest", "capture", "users", "shared-use", "block-count",
     "page-count", "zero-pages", "checkpoint-pages", "read-pages",
     "written-pages", "restored", "overlay-bytes", "set-aside-pages", "waiting-readers", "storage", "views",
-    "views-missing", "time-to-first-byte", "time-to-full", "bad-page-count", "last-command", "last-outcome",
-    "last-save", "last-save-to", "last-save-downtime", "log",
+    "views-missing", "time-to-first-byte", "time-to-full", "verify", "bad-page-count", "last-command",
+    "last-outcome", "last-save", "last-save-to", "last-save-downtime", "log",
     "status", "error-desc", "total-time", "setup-time", "downtime", "total", "transferred", "remaining", "normal",
     "duplicate", "mbps",
 ]  # fmt: skip

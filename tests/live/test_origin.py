@@ -49,7 +49,7 @@ def test_it_is_the_program_with_its_arguments(live: LiveCheckpoint, run_ckptfs: 
     assert any(line.startswith(f"command  {machine.program} ") for line in lines)
     told = json.loads(run_ckptfs("info", "--json", live.path).stdout)["trailer"]
     assert told["machine"]["arguments"] == list(machine.arguments)
-    assert [entry["name"] for entry in told["entries"]] == ["machine", "checksums"]
+    assert [entry["name"] for entry in told["entries"]] == ["machine", "checksums", "stream"]
 
 
 @pytest.mark.parametrize("multifd", [0, 4])
@@ -87,7 +87,7 @@ def test_saves_keep_what_still_holds(live: LiveCheckpoint, mount: Mount, tmp_pat
     assert saved_in(tmp_path / "patched") == machine
     mounted.ctl(f"save {tmp_path}/ram ram-only")
     with open_file(f"{tmp_path}/ram") as opened:
-        assert [entry.name for entry in opened.trailer.entries] == ["checksums"]
+        assert [entry.name for entry in opened.trailer.entries] == ["checksums", "stream"]
     mounted.umount()
     again = mount(tmp_path / "plain")
     again.ctl(f"save {tmp_path}/mapped")
@@ -100,15 +100,15 @@ def test_entries_of_later_versions_are_kept_for_as_long_as_they_hold(
     path = tmp_path / "vm"
     with open_file(str(live.path)) as opened:
         trailer, end = opened.trailer, opened.checkpoint.end_offset
-    for name, depends in (("of-nothing", 0), ("of-ram", 1), ("of-devices", 2), ("of-something-later", 4)):
+    for name, depends in (("of-nothing", 0), ("of-ram", 1), ("of-devices", 2), ("of-something-later", 8)):
         trailer = trailer.with_entry(Entry(name, name.encode() * 100, Depends(depends)))
     path.write_bytes(live.path.read_bytes()[:end] + trailer.encode())
     mounted = mount(path)
     with (mounted.ram / "pc.ram").open("r+b") as ram:
         for command, expected in (
-            ("save {}/one", ["machine", "of-nothing", "of-ram", "of-devices", "checksums"]),
-            ("save {}/two", ["machine", "of-nothing", "of-devices", "checksums"]),
-            ("save {}/three ram-only", ["of-nothing", "checksums"]),
+            ("save {}/one", ["machine", "of-nothing", "of-ram", "of-devices", "checksums", "stream"]),
+            ("save {}/two", ["machine", "of-nothing", "of-devices", "checksums", "stream"]),
+            ("save {}/three ram-only", ["of-nothing", "checksums", "stream"]),
         ):
             mounted.ctl(command.format(tmp_path))
             with open_file(f"{tmp_path}/{command.split()[1][3:]}") as opened:
@@ -128,7 +128,7 @@ def test_a_damaged_one_is_none(live: LiveCheckpoint, mount: Mount, tmp_path: Pat
     assert lines[0] == f"{path}: mapped-ram checkpoint, complete"
     [line] = [line for line in lines if line.startswith("trailer")]
     assert line.startswith("trailer  can't be read, as if there were none: at byte 0x")
-    assert line.endswith("the trailer's entry 'checksums' is damaged")
+    assert line.endswith("the trailer's entry 'stream' is damaged")
     told = json.loads(run_ckptfs("info", "--json", path).stdout)["trailer"]
     assert told["machine"] is None
     assert told["problem"].endswith("is damaged")
@@ -136,7 +136,7 @@ def test_a_damaged_one_is_none(live: LiveCheckpoint, mount: Mount, tmp_path: Pat
     mounted.expect_log("what it says of its machine can't be read")
     mounted.ctl(f"save {tmp_path}/other")
     with open_file(f"{tmp_path}/other") as opened:
-        assert [entry.name for entry in opened.trailer.entries] == ["checksums"]
+        assert [entry.name for entry in opened.trailer.entries] == ["checksums", "stream"]
         assert opened.content.trailer_problem is None
 
 

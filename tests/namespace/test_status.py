@@ -96,6 +96,7 @@ views none
 views-missing none
 time-to-first-byte none
 time-to-full none
+verify off
 bad-page-count 0
 last-command save
 last-outcome ok saved
