@@ -5,30 +5,35 @@ So the file does not grow, however often a page is sent. A page that comes once 
 in another channel: everything that is under way has to end before.
 """
 
+import contextlib
 import errno
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 import trio
 
-from ckptfs.channels.backing_file import BackingFile
-from ckptfs.channels.buffers import AlignedBuffers
+from ckptfs.channels.backing_file import BackingFile, DirectIO, OpenedFile
+from ckptfs.channels.buffers import BUFFER_LENGTH, AlignedBuffers
 from ckptfs.channels.channels import Channel, Channels
 from ckptfs.channels.lane import Lane
-from ckptfs.errors import CheckpointError, QemuError
+from ckptfs.errors import CheckpointError, QemuError, StorageError
 from ckptfs.guest.block import PageStack
+from ckptfs.guest.checksums import Summing
 from ckptfs.guest.layer import Layer
-from ckptfs.guest.outgoing import Epoch, Progress, SaveOptions, Written, open_channels, write_extents
-from ckptfs.mapped_ram.bitmap import PagesBitmap
+from ckptfs.guest.outgoing import Epoch, Progress, SaveOptions, Written, open_channels, trailer_of, write_extents
+from ckptfs.mapped_ram.bitmap import PagesBitmap, Run
 from ckptfs.mapped_ram.checkpoint import read_device_state, read_setup, with_run_state
 from ckptfs.mapped_ram.layout import Image, Layout, image_of, layout
 from ckptfs.mapped_ram.page_stream import BATCH_LENGTH, Head, PageBatch, PageStream
 from ckptfs.mapped_ram.precopy import read_precopy
 from ckptfs.mapped_ram.ramblock import RAMBlock
 from ckptfs.mapped_ram.stream import BytesSource
-from ckptfs.migration.outgoing import nonzero_pages
+from ckptfs.mapped_ram.trailer import NO_TRAILER
+from ckptfs.migration.outgoing import coalesce, nonzero_pages
 from ckptfs.migration.parameters import ZeroPageDetection
 from ckptfs.qemu.capture.arriving import Arriving
 
@@ -37,12 +42,18 @@ _ZEROS = AlignedBuffers().take(BATCH_LENGTH)
 
 
 class _Block:
-    """A block of the file: where its pages go, which of them hold data, and which may be under way."""
+    """A block of the file: where its pages go, which of them hold data, and which may be under way.
 
-    def __init__(self, block: RAMBlock) -> None:
+    ``batches`` counts the batches that had pages of a window of ``width`` pages, up to 2. One that came in a single
+    batch has its checksum computed with that; the others are read again at the end.
+    """
+
+    def __init__(self, block: RAMBlock, width: int) -> None:
+        self.page_count = block.page_count
         self.pages_offset = block.pages_offset or 0
         self.present = np.zeros(block.page_count, np.bool_)
         self.under_way = np.zeros(block.page_count, np.bool_)
+        self.batches = np.zeros(-(-block.page_count // width), np.uint8)
 
 
 async def write_arriving(
@@ -71,7 +82,7 @@ async def write_arriving(
         batches = list(stream.feed(await arriving.receive()))
     head = stream.head
     accept(head)
-    plan = layout(configure(_image_of_pages(head)), stream_offset)
+    plan = layout(replace(configure(_image_of_pages(head)), trailer=NO_TRAILER), stream_offset)
     channels = await open_channels(lane, file, options.direct_io, options.channel_count, options.deadline)
     try:
         landing = _Landing(plan, head.header.page_size, channels, options, progress)
@@ -90,10 +101,13 @@ async def write_arriving(
         progress.zero_pages = progress.total_pages - progress.normal_pages
     finally:
         await channels.aclose()
-    final = layout(image, stream_offset)
+    final = layout(replace(image, trailer=NO_TRAILER), stream_offset)
     assert [block.pages_offset for block in final.blocks] == [block.pages_offset for block in plan.blocks]
-    extents = [*final.extents[1:], *landing.bitmaps(final, image)]
-    await write_extents(lane, file, extents, options.deadline)
+    bitmaps = landing.bitmaps(final, image)
+    await write_extents(lane, file, [*final.extents[1:], *bitmaps], options.deadline)
+    await landing.sum_again(lane, file)
+    trailer = trailer_of(image, landing.summing, [*final.extents, *bitmaps])
+    await write_extents(lane, file, [(final.end_offset, trailer)], options.deadline)
     written = Written(final.header, channels.direct_io if options.direct_io.wanted else None)
     return written, _empty_epoch(head.blocks), head.header.page_size
 
@@ -146,7 +160,8 @@ class _Landing:
         self, plan: Layout, page_size: int, channels: Channels, options: SaveOptions, progress: Progress
     ) -> None:
         self.queue, self._batches = trio.open_memory_channel[PageBatch](0)
-        self._blocks = {block.idstr: _Block(block) for block in plan.blocks}
+        self.summing = Summing(plan.blocks, page_size)
+        self._blocks = {block.idstr: _Block(block, self.summing.width) for block in plan.blocks}
         self._page_size = page_size
         self._channels = channels
         self._options = options
@@ -166,6 +181,9 @@ class _Landing:
             self._progress.zero_pages += batch.pages.size
             return
         block.under_way[batch.pages] = True
+        windows = np.unique(batch.pages // self.summing.width)
+        block.batches[windows] = np.minimum(block.batches[windows] + 1, 2)
+        self.summing.forget_windows(batch.idstr, windows)
         if batch.content is not None:
             await self._options.wait_for_bandwidth(batch.content.size)
         self._busy += 1
@@ -184,13 +202,18 @@ class _Landing:
         async for batch in self._batches:
             block = self._blocks[batch.idstr]
             stale = block.present[batch.pages]
+            around = self._around(batch)
+            if around is None:
+                block.batches[batch.pages // self.summing.width] = 2
             payload = partial(
                 _write_batch,
                 batch=batch,
                 stale=stale,
                 pages_offset=block.pages_offset,
                 page_size=self._page_size,
-                buffer=None if batch.content is None else self._buffers.take(batch.content.size),
+                buffer=self._buffer(batch, around),
+                around=around,
+                summing=self.summing,
                 detect_zero_pages=self._options.zero_page_detection is not ZeroPageDetection.NONE,
             )
             written = await self._channels.carry(payload)
@@ -203,6 +226,67 @@ class _Landing:
             self._busy -= 1
             if not self._busy:
                 self._quiet.set()
+
+    def _around(self, batch: PageBatch) -> Run | None:
+        """All pages of the windows that a batch touches, if its own are in a row and a buffer can hold all."""
+        first, last = int(batch.pages[0]), int(batch.pages[-1])
+        if batch.content is None or (np.diff(batch.pages) != 1).any():
+            return None
+        width = self.summing.width
+        around = Run(first // width * width, min((last // width + 1) * width, self._blocks[batch.idstr].page_count))
+        return around if (around.stop - around.start) * self._page_size <= BUFFER_LENGTH else None
+
+    def _buffer(self, batch: PageBatch, around: Run | None) -> memoryview | None:
+        if batch.content is None:
+            return None
+        page_count = batch.pages.size if around is None else around.stop - around.start
+        return self._buffers.take(page_count * self._page_size)
+
+    async def sum_again(self, lane: Lane, file: BackingFile) -> None:
+        """Read what came in several batches once more, for its checksums; all that is around it is written.
+
+        What can't be read has none.
+        """
+        windows = []
+        for idstr, block in self._blocks.items():
+            again = block.batches > 1
+            self.summing.forget_windows(idstr, again)
+            windows += [(idstr, run) for run in self._pieces(block, again)]
+        if not windows:
+            return
+        reader = OpenedFile(file.fd, os.O_RDONLY)
+        try:
+            channels = await open_channels(
+                lane,
+                reader,
+                DirectIO(self._channels.direct_io),
+                self._channels.channel_count,
+                self._options.deadline,
+            )
+        except OSError:  # a descriptor for writing alone was handed in
+            return
+        queue = iter(windows)
+
+        async def sum_some() -> None:
+            for idstr, run in queue:
+                buffer = self._buffers.take((run.stop - run.start) * self._page_size)
+                file_offset = self._blocks[idstr].pages_offset + run.start * self._page_size
+                await channels.carry(partial(_sum, self.summing, idstr, run.start, buffer, file_offset))
+
+        try:
+            async with trio.open_nursery() as nursery:
+                for _ in range(channels.channel_count):
+                    nursery.start_soon(sum_some)
+        finally:
+            await channels.aclose()
+
+    def _pieces(self, block: _Block, windows: npt.NDArray[np.bool_]) -> Iterator[Run]:
+        """The pages of some windows, in pieces of as many windows as are written at once."""
+        width = self.summing.width
+        step = BATCH_LENGTH // (width * self._page_size)
+        for first, last in coalesce(windows):
+            for start in range(first, last, step):
+                yield Run(start * width, min(min(start + step, last) * width, block.page_count))
 
     def bitmaps(self, plan: Layout, image: Image) -> list[tuple[int, bytes]]:
         """Each block's file_bmap, and where it goes."""
@@ -222,16 +306,25 @@ def _write_batch(
     pages_offset: int,
     page_size: int,
     buffer: memoryview | None,
+    around: Run | None,
+    summing: Summing,
     detect_zero_pages: bool,
 ) -> npt.NDArray[np.bool_]:
     """Write the pages that are not zero; where the file holds data of one that is (``stale``), write zeros.
 
-    Return which pages hold data now. Runs in a worker thread.
+    ``buffer`` has room for ``around``, where that is known: then checksums are computed. Return which pages hold
+    data now. Runs in a worker thread.
     """
     holds_data = np.zeros(batch.pages.size, np.bool_)
     if batch.content is not None and buffer is not None:
         data = np.frombuffer(buffer, np.uint8)
+        if around is not None:
+            skip, length = (int(batch.pages[0]) - around.start) * page_size, batch.content.size
+            data[:skip] = data[skip + length :] = 0
+            data = data[skip : skip + length]
         data.reshape(batch.content.shape)[:] = batch.content
+        if around is not None:
+            summing.note(batch.idstr, around.start, buffer)
         holds_data = nonzero_pages(data, page_size) if detect_zero_pages else ~holds_data
         for start, stop in _runs(batch.pages, holds_data):
             file_offset = pages_offset + int(batch.pages[start]) * page_size
@@ -241,6 +334,13 @@ def _write_batch(
         for file_offset in range(first, end + page_size, BATCH_LENGTH):
             channel.pwritev_all([_ZEROS[: min(BATCH_LENGTH, end + page_size - file_offset)]], file_offset)
     return holds_data
+
+
+def _sum(summing: Summing, idstr: str, start: int, buffer: memoryview, file_offset: int, channel: Channel) -> None:
+    """Read windows, and note their checksums; pages without data are zeros in the file, too."""
+    with contextlib.suppress(OSError, StorageError):  # what can't be read now will be EIO later, too
+        channel.pread_exactly(buffer, file_offset)
+        summing.note(idstr, start, buffer)
 
 
 def _runs(pages: npt.NDArray[np.int64], mask: npt.NDArray[np.bool_]) -> list[tuple[int, int]]:

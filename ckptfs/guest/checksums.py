@@ -6,6 +6,7 @@ threads, out of the memory that they write from.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,10 @@ class Summing:
     def forget(self, idstr: str, with_data: PagesBitmap) -> None:
         """Windows with data are not known until they have been written."""
         self._sums.windows[idstr][with_data.any_of_each(self.width)] = UNKNOWN
+
+    def forget_windows(self, idstr: str, windows: npt.NDArray[Any]) -> None:
+        """These windows (numbers, or a mask) are not known."""
+        self._sums.windows[idstr][windows] = UNKNOWN
 
     def carry(self, idstr: str, stack: PageStack, base: Checksums | None) -> None:
         """Keep those of the base for windows of ``stack`` that nobody has written since."""

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ckptfs.errors import CheckpointError
+from ckptfs.mapped_ram.checksums import MIN_WINDOW_LENGTH
 from ckptfs.mapped_ram.ram_section import read_block_list, read_ram_start, read_ram_start_end
 from ckptfs.mapped_ram.ramblock import RAMBlock
 from ckptfs.mapped_ram.stream import (
@@ -176,10 +177,32 @@ class PageStream:
         records = np.frombuffer(self._buffer, np.uint8, count * stride, self._position).reshape(count, stride)
         words = records[:, :8].copy().view(">u8")[:, 0].astype(np.int64)
         alike = words & (page_size - 1) == (kind | RAM_CONTINUE)
-        count = int(alike.argmin()) if not alike.all() else count
-        self._hand_on(kind, words[:count] // page_size, records[:count, 8:])
+        pages = words // page_size
+        if not alike.all():
+            count = int(alike.argmin())
+        elif kind == RAM_PAGE:
+            count = self._up_to_window(pages, self._position + count * stride)
+        if not count:
+            return False
+        self._hand_on(kind, pages[:count], records[:count, 8:])
         self._position += count * stride
         return True
+
+    def _up_to_window(self, pages: npt.NDArray[np.int64], end: int) -> int:
+        """How many of ``pages`` to hand on, where more of their kind may follow at ``end``: whole windows.
+
+        So that a window comes in one batch, and its checksum can be had of that.
+        """
+        assert self.head is not None
+        page_size = self.head.header.page_size
+        following = int.from_bytes(self._buffer[end : end + 8])
+        if len(self._buffer) >= end + 8 and following % page_size != RAM_PAGE | RAM_CONTINUE:
+            return pages.size
+        width = MIN_WINDOW_LENGTH // page_size
+        ends = np.flatnonzero(pages % width == width - 1)
+        if ends.size:
+            return int(ends[-1]) + 1
+        return 0 if pages.size < min(width, BATCH_LENGTH // page_size) else pages.size
 
     def _take_first(self, word: int, kind: int, stride: int) -> bool:
         """A record that names its block."""
