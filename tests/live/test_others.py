@@ -225,6 +225,25 @@ async def test_somebody_migrates_before_the_settings_are_put_back(both: Both, st
             assert await settings(both.vm) == found, at
 
 
+async def test_somebody_migrates_again_and_again(both: Both, stepper: Stepper) -> None:
+    found = await settings(both.vm)
+    both.mounted.expect_log("somebody began a migration: that one was cancelled")
+    times = 0
+
+    async def migrate(_: str) -> None:
+        nonlocal times
+        times += 1
+        if 1 < times < 5:  # the first sets them
+            await both.says("HMP migrate -d exec:cat>/dev/null")
+
+    both.relay.faults = {"migrate-set-capabilities": migrate}
+    await trio.to_thread.run_sync(both.mounted.ctl, f"save {both.target}")
+    assert times == 5
+    assert await settings(both.vm) == found
+    await both.is_right(stepper)
+    await both.runs_on()
+
+
 async def test_somebody_changes_capabilities(both: Both, stepper: Stepper) -> None:
     for name in ("pause-before-switchover", "x-ignore-shared", "events", "multifd"):
         for at in ("stop", "migrate"):

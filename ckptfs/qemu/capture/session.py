@@ -48,6 +48,9 @@ class CapabilitiesRefusedError(QemuError):
 _SETTLING = 0.001
 """Seconds between two questions for what no event tells."""
 
+_MIGRATIONS_OF_OTHERS = 10
+"""How many, one after the other, are cancelled before capabilities are left as they are."""
+
 _ENDED = ("completed", "failed", "cancelled")
 _SAVABLE = ("running", "paused", "prelaunch")
 _HINTS = {
@@ -118,11 +121,12 @@ async def migration_settings(
 async def _put_back_capabilities(monitor: "Monitor", found: dict[str, bool]) -> None:
     now = await _capabilities(monitor) if found else {}
     changed = {name: state for name, state in found.items() if now[name] != state}
-    try:
-        await _set_capabilities(monitor, changed)
-    except QemuError:
+    for _ in range(_MIGRATIONS_OF_OTHERS):
+        with contextlib.suppress(QemuError):
+            await _set_capabilities(monitor, changed)
+            return
         await _end_migration_of_others(monitor)
-        await _set_capabilities(monitor, changed)
+    await _set_capabilities(monitor, changed)
 
 
 async def _put_back_parameters(monitor: "Monitor", found: dict[str, Any], ours: dict[str, Any]) -> None:
