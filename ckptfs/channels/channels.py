@@ -196,7 +196,7 @@ class Channels:
             return
         self._silent_since = trio.current_time() - self._deadline
         log.error(
-            "%s: the storage gave no answer in %g s: until it does, what needs it fails",
+            "%s: the storage has not answered for %g s: whatever needs it fails until it does",
             channel.path,
             self._deadline,
         )

@@ -109,7 +109,7 @@ class Lane:
             return results.pop()
         if errors:
             raise errors.pop()  # and keep it nowhere: its traceback has this frame
-        raise StorageError("the backing storage gives no answer: whether the last step was done is not known")
+        raise StorageError("the backing storage does not answer: whether the last step was done is unknown")
 
 
 async def _leave(token: _Token, answered: trio.Event) -> bool:

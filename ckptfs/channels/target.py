@@ -249,8 +249,8 @@ class PathTarget:
             os.fsync(self._directory)
         except OSError as error:
             raise StorageError(
-                f"{self.path}: the new checkpoint has this name already, but its directory could not be synced "
-                f"({error.strerror}), and a power cut may undo that: save again",
+                f"{self.path}: the new checkpoint is in place, but its directory could not be synced "
+                f"({error.strerror}), so a power cut may undo that: save again",
                 error.errno,
             ) from error
 
@@ -278,7 +278,7 @@ class PathTarget:
             try:
                 fcntl.flock(former, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise StateError(f"{self.path}: somebody else has locked it (flock), or replaces it now") from None
+                raise StateError(f"{self.path}: somebody else has locked it (flock), or is replacing it") from None
             except OSError:
                 pass  # a file system without locks
             if not self._has_the_name(former):

@@ -60,14 +60,14 @@ def size(text: str) -> int:
 def count(text: str) -> int:
     """A positive number of the command line."""
     if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"expects a number from 1 on, not {text!r}")
+        raise argparse.ArgumentTypeError(f"expects a number, 1 or more, not {text!r}")
     return int(text)
 
 
 DIRECTORY = argument("directory", metavar="DIR", help="where the guest's RAM is mounted")
 FOLLOWED = (
-    argument("-q", "--quiet", action="store_true", help="say nothing but errors"),
-    argument("--json", action="store_true", help="print progress and answer as JSON, an object a line"),
+    argument("-q", "--quiet", action="store_true", help="print only errors"),
+    argument("--json", action="store_true", help="print progress and answer as JSON, one object per line"),
 )
 """The options of every command that may take its time."""
 
@@ -83,23 +83,29 @@ def seconds(text: str) -> float:
     return value
 
 
-OFFSET = argument("--offset", metavar="SIZE", type=size, default=0, help="where in FILE it begins (0x1000, 4k)")
-JSON = argument("--json", action="store_true", help="print one JSON object, or an array of them for several")
+OFFSET = argument(
+    "--offset", metavar="SIZE", type=size, default=0, help="where in FILE the checkpoint begins (0x1000, 4k)"
+)
+JSON = argument("--json", action="store_true", help="print a JSON object; for several files, an array of them")
 
 COMMANDS = (
     Command(
         "save",
         "write a checkpoint",
-        "Write a checkpoint, to the mounted file or to TARGET, and return when it is durable. Ctrl-C cancels; the "
-        "former checkpoint is there until the new one is. "
-        "With --qmp: save the machine behind that socket to FILE, without any mount, whatever memory it has. Its "
-        "guest pauses for milliseconds where QEMU can write-protect its RAM (background-snapshot); otherwise pages "
-        "are sent while it dirties them, and it pauses for the last (precopy).",
+        "Write a checkpoint to the mounted file, or to TARGET, and return when it is on disk. Ctrl-C cancels. The"
+        " former checkpoint stays until the new one is complete. With --qmp: save the machine behind that socket"
+        " to FILE, without a mount, whatever memory it has. If QEMU can write-protect its RAM, the guest pauses"
+        " for milliseconds (background-snapshot). Otherwise QEMU sends pages while the guest dirties them, and"
+        " pauses it for the last ones (precopy).",
         (
             argument("directory", metavar="DIR_OR_FILE", help="where the guest's RAM is mounted; with --qmp, FILE"),
-            argument("target", metavar="TARGET", nargs="?", help="another file than the mounted one: PATH or URI"),
-            argument("--ram-only", action="store_true", help="without the device state of a machine"),
-            argument("--force", action="store_true", help="replace the mounted file though somebody changed it"),
+            argument(
+                "target", metavar="TARGET", nargs="?", help="save to this PATH or URI, not to the mounted file"
+            ),
+            argument("--ram-only", action="store_true", help="leave out the device state"),
+            argument(
+                "--force", action="store_true", help="replace the mounted file even if somebody else has changed it"
+            ),
             argument(
                 "--qmp", metavar="SOCKET", help="save the machine behind it (QEMU's -qmp unix:SOCKET) to FILE"
             ),
@@ -107,14 +113,14 @@ COMMANDS = (
                 "--capture",
                 choices=("auto", "snapshot", "precopy"),
                 default="auto",
-                help="with --qmp: how RAM is captured (auto: snapshot where QEMU can, else precopy)",
+                help="with --qmp: how to capture RAM (auto: snapshot if QEMU can, otherwise precopy)",
             ),
             argument(
                 "--capture-rounds",
                 metavar="N",
                 type=count,
                 default=10,
-                help="with --qmp: rounds of precopy after which the guest is stopped for what is left (10)",
+                help="with --qmp: pause the guest for the rest after N rounds of precopy (10)",
             ),
             *FOLLOWED,
         ),
@@ -122,19 +128,19 @@ COMMANDS = (
     ),
     Command(
         "restore",
-        "bring in everything",
-        "Read all of RAM into memory; after that the checkpoint's file is no longer needed.",
+        "read all of RAM into memory",
+        "Read all of RAM into memory. Afterwards the checkpoint's file is no longer needed.",
         (DIRECTORY, *FOLLOWED),
         "ckptfs.cli.operate:restore",
     ),
     Command(
         "prefetch",
-        "warm the page cache",
-        "Have the kernel read RAM ahead: all of it, one block, or a part of one.",
+        "read RAM ahead, into the page cache",
+        "Have the kernel read RAM into its page cache: all of it, one block, or a part of one.",
         (
             DIRECTORY,
             argument("name", metavar="NAME", nargs="?", help="the block ram/NAME"),
-            argument("start", metavar="START", nargs="?", help="where in the block it begins (0x1000, 4k)"),
+            argument("start", metavar="START", nargs="?", help="where in the block the part begins (0x1000, 4k)"),
             argument("length", metavar="LENGTH", nargs="?", help="how long the part is"),
             *FOLLOWED,
         ),
@@ -143,29 +149,29 @@ COMMANDS = (
     Command(
         "reset",
         "drop what was written",
-        "Drop every written page: RAM is the checkpoint again. Refused while a program may write.",
+        "Drop all written pages: RAM is the checkpoint again. Refused while a program has RAM open for writing.",
         (DIRECTORY, *FOLLOWED),
         "ckptfs.cli.operate:reset",
     ),
     Command(
         "cancel",
-        "end the running save, restore or prefetch",
-        "End what is running; nothing half-done stays under a final name.",
+        "cancel the running save, restore or prefetch",
+        "Cancel what is running. Nothing unfinished stays under a final name.",
         (DIRECTORY, *FOLLOWED),
         "ckptfs.cli.operate:cancel",
     ),
     Command(
         "wait",
         "wait until no save or restore is running",
-        "Wait until no save or restore is running. Exit code 1: the newest one has failed, or was cancelled.",
+        "Wait until no save or restore is running. The exit code is 1 if the newest one failed or was cancelled.",
         (DIRECTORY, *FOLLOWED),
         "ckptfs.cli.operate:wait",
     ),
     Command(
         "umount",
         "unmount, and wait until the storage is free",
-        "Unmount, and return when the daemon has ended and let go of its files. A running save is waited for; if "
-        "it fails, nothing is unmounted. Says how much of RAM was not saved.",
+        "Unmount, and return when the daemon has ended and closed its files. Waits for a running save first; if"
+        " that fails, nothing is unmounted. Says how much RAM was not saved.",
         (
             DIRECTORY,
             argument("--save", action="store_true", help="save to the mounted file first"),
@@ -175,35 +181,39 @@ COMMANDS = (
     ),
     Command(
         "status",
-        "how a mount stands, for people",
-        "Show how a mount stands: what a save or restore is doing, how pages stand, who waits, the last save and "
-        "its pause, and who has RAM open. `DIR/status` has the same and more for programs.",
+        "show people what a mount is doing",
+        "Show what a save or restore is doing, how much of RAM was read and written, who waits, the last save and"
+        " its pause, and who has RAM open. Programs read `DIR/status` and `DIR/status.json`.",
         (
             DIRECTORY,
             argument("-w", "--watch", action="store_true", help="show it again every second, until Ctrl-C"),
             argument(
-                "--json", action="store_true", help="print DIR/status.json in one line, one a look with --watch"
+                "--json",
+                action="store_true",
+                help="print DIR/status.json on one line; with --watch, a line every second",
             ),
         ),
         "ckptfs.cli.status:run",
     ),
     Command(
         "info",
-        "what a checkpoint holds, or how a mount stands",
-        "Show what a checkpoint holds: machine, RAM blocks, device sections, whether it is complete, and which "
-        "QEMU was saved, if it remembers. "
-        "Of a mounted directory: the same, and how its pages stand. Exit code 1: it is no sound checkpoint.",
+        "show what a checkpoint or a mount contains",
+        "Show what a checkpoint contains: machine, RAM blocks, device sections, whether it is complete, and which"
+        " QEMU was saved, if the checkpoint says so. For a mounted directory, also show how many pages were read"
+        " and written. The exit code is 1 if a file is not a sound checkpoint.",
         (
             argument("paths", metavar="FILE_OR_DIR", nargs="*", help="a checkpoint, or where one is mounted"),
-            argument("--registers", action="store_true", help="of a FILE: the registers of each vCPU (x86-64)"),
+            argument(
+                "--registers", action="store_true", help="for a FILE: show the registers of each vCPU (x86-64)"
+            ),
             argument(
                 "--devices",
                 metavar="NAME",
                 nargs="?",
                 const="",
-                help="of a FILE: the devices in it; with NAME, the fields of that one by name",
+                help="for a FILE: list its devices; with NAME, show the fields of that device",
             ),
-            argument("--xml", action="store_true", help="of a FILE: the XML of libvirt's domain alone"),
+            argument("--xml", action="store_true", help="for a FILE: print only the XML of libvirt's domain"),
             OFFSET,
             JSON,
         ),
@@ -211,10 +221,10 @@ COMMANDS = (
     ),
     Command(
         "qemu-args",
-        "the arguments that start QEMU on the RAM of a mount, or of a file",
-        "Print QEMU's arguments that make the RAM of this mount the machine's: "
-        "qemu-system-x86_64 $(ckptfs qemu-args DIR) ... Devices are yours to add, the same as in the checkpoint. "
-        "Of a FILE: those that map the file itself, private; `ckptfs vmstate FILE` writes what -incoming takes.",
+        "print the arguments that start QEMU on a mount or a file",
+        "Print the arguments that make a mount QEMU's memory: qemu-system-x86_64 $(ckptfs qemu-args DIR) ... Add"
+        " the same devices as in the checkpoint. For a FILE, print the arguments that map the file itself,"
+        " privately; `ckptfs vmstate FILE` writes what -incoming needs.",
         (
             argument("directory", metavar="FILE_OR_DIR", help="a checkpoint, or where one is mounted"),
             argument(
@@ -226,73 +236,77 @@ COMMANDS = (
             argument(
                 "--nodes",
                 metavar="ID[,ID...]",
-                help="RAM blocks in the order of the machine's NUMA nodes; needed if they differ in size",
+                help="the RAM blocks in the order of the machine's NUMA nodes; needed if they differ in size",
             ),
         ),
         "ckptfs.cli.qemu_args:run",
     ),
     Command(
         "run",
-        "let a machine go on from a checkpoint, or many clones of it",
-        "Start QEMU on FILE in the place of this process: its memory is FILE itself, mapped private and read-only, "
-        "so that nothing is loaded first and FILE stays as it is. The arguments are QEMU's: the same devices as in "
-        "the checkpoint. With --count, {n} in them is a clone's number, and all clones end when this ends.",
+        "run a machine from a checkpoint, or many clones of it",
+        "Run QEMU on FILE in place of this process. QEMU maps FILE itself as its memory, privately: nothing is"
+        " loaded first, and FILE does not change. The arguments are QEMU's: the same devices as in the"
+        " checkpoint. With --count, {n} in them is the clone's number, and all clones end when this command ends.",
         (
             argument("file", metavar="FILE", help="a checkpoint of a machine (mapped-ram)"),
             argument(
-                "arguments", metavar="QEMU-ARGUMENT", nargs=argparse.REMAINDER, help="devices, as QEMU has them"
+                "arguments",
+                metavar="QEMU-ARGUMENT",
+                nargs=argparse.REMAINDER,
+                help="QEMU's arguments for the devices",
             ),
-            argument("--count", metavar="N", type=count, help="start N clones, and end them all when this ends"),
+            argument("--count", metavar="N", type=count, help="start N clones; they end when this command ends"),
             argument(
                 "--directory",
                 metavar="DIR",
-                help="where clones have sockets, serial lines and logs (a new one in /tmp)",
+                help="where the clones' sockets, serial lines and logs go (default: a new one in /tmp)",
             ),
             argument(
                 "--no-snapshot",
                 dest="snapshot",
                 action="store_false",
-                help="let clones write to their disks, each to its own ({n})",
+                help="let clones write to their disks; give each its own ({n})",
             ),
             argument(
                 "--record",
                 metavar="SECONDS",
                 type=seconds,
-                help="keep what QEMU has touched of FILE after SECONDS, in FILE.working-set: later starts "
-                "read that first",
+                help="after SECONDS, write down in FILE.working-set what QEMU has read of FILE; later starts read"
+                " that first",
             ),
-            argument("--qemu", metavar="PROGRAM", help="the QEMU to start (default: the machine type's)"),
-            argument("--show", action="store_true", help="print the command and start nothing"),
+            argument("--qemu", metavar="PROGRAM", help="the QEMU to start (default: the one for the machine type)"),
+            argument("--show", action="store_true", help="only print the command"),
             OFFSET,
         ),
         "ckptfs.cli.run:run",
     ),
     Command(
         "verify",
-        "whether a checkpoint is what was saved",
-        "Read all that has a checksum, and compare; and hold the file against QEMU's rules. What ckptfs saves has "
-        "a checksum for every 64 KiB of RAM, and for all that is beside it; a file of QEMU's has none. Exit code "
-        "1: something is wrong, and what, with block and pages, is on stderr.",
+        "check that a checkpoint is what was saved",
+        "Check the file against QEMU's rules, and everything in it against its checksums. ckptfs saves a checksum"
+        " for every 64 KiB of RAM and for everything else; files that QEMU wrote have none. The exit code is 1 if"
+        " something is wrong; standard error says what, with block and pages.",
         (
             argument("paths", metavar="FILE", nargs="+", help="a checkpoint"),
             OFFSET,
-            argument("-q", "--quiet", action="store_true", help="say nothing but what is wrong"),
+            argument("-q", "--quiet", action="store_true", help="print only what is wrong"),
             JSON,
         ),
         "ckptfs.cli.verify:run",
     ),
     Command(
         "export",
-        "write memory as other tools read it",
-        "Write the memory of a checkpoint, or of a mount, to OUT: raw is a flat image by guest-physical address, "
-        "elf a core for gdb, crash, drgn and makedumpfile, lime is for volatility3, and mapped-ram is another "
-        "checkpoint, clean and compact. Only what has data is read, and OUT has holes elsewhere. It gets its name "
-        "when it is whole, and replaces a file of that name: for mapped-ram a checkpoint alone. - is a pipe.",
+        "write memory in another tool's format",
+        "Write the memory of a checkpoint or a mount to OUT: raw is a flat image by guest-physical address, elf a"
+        " core for gdb, crash, drgn and makedumpfile, lime an image for volatility3, and mapped-ram a clean and"
+        " compact checkpoint. Only pages with data are read; elsewhere OUT has holes. OUT appears under its name"
+        " when it is complete, and replaces a file of that name (mapped-ram: only a checkpoint). - writes to a"
+        " pipe.",
         (
             argument("path", metavar="FILE_OR_DIR", help="a checkpoint, or where one is mounted"),
             argument("out", metavar="OUT", help="the file to write, or - for standard output"),
             argument(
-                "--format", required=True, choices=("raw", "elf", "lime", "mapped-ram"), help="what OUT is to be"
+                "--format", required=True, choices=("raw", "elf", "lime", "mapped-ram"), help="the format of OUT"
             ),
             argument(
                 "--map",
@@ -308,8 +322,8 @@ COMMANDS = (
     ),
     Command(
         "vmstate",
-        "the stream from which QEMU starts on a file's RAM",
-        "Write to the standard output what QEMU's -incoming takes when the RAM is FILE's, mapped as `run` does it.",
+        "write the stream that starts QEMU on a file's RAM",
+        "Write to standard output what QEMU's -incoming needs when its RAM is FILE, mapped as `run` maps it.",
         (
             argument("file", metavar="FILE", help="a checkpoint of a machine (mapped-ram)"),
             OFFSET,

@@ -34,7 +34,7 @@ def perform(directory: str, command: str, display: Display) -> str:
                 break
             if signals in ready:
                 if interrupted:
-                    raise StateError(f"{directory}: not waited for any longer: see its status")
+                    raise StateError(f"{directory}: no longer waiting: `ckptfs status` shows how it goes on")
                 interrupted = True
                 os.read(signals, 16)
                 display.say(CANCELLING)

@@ -192,8 +192,8 @@ class _MountedMemory:
 
     def _written(self) -> StateError:
         return StateError(
-            f"{self._directory}: pages were written since the checkpoint, so its registers do not belong to this "
-            "RAM: `ckptfs reset` drops them, `ckptfs save` makes a new checkpoint",
+            f"{self._directory}: pages have been written since the checkpoint, so its registers do not match this"
+            " RAM: `ckptfs reset` drops them, `ckptfs save` makes a new checkpoint",
             errno.EPERM,
         )
 

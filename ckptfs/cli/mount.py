@@ -158,10 +158,12 @@ def _wait_for_saves(spec: SeekableAddress | None) -> None:
     path = spec.filename
 
     def tell() -> None:
-        print(f"mount.ckptfs: {path}: a save to it is running: waiting for its end", file=sys.stderr)
+        print(f"mount.ckptfs: {path}: a save to it is running: waiting for it to end", file=sys.stderr)
 
     if not wait_for_saves(path, SAVE_PATIENCE, tell):
-        raise StateError(f"{path}: a save to it still runs after {SAVE_PATIENCE:.0f} s: mount when it is over")
+        raise StateError(
+            f"{path}: a save to it is still running after {SAVE_PATIENCE:.0f} s: mount it when the save has ended"
+        )
 
 
 def _parse_spec(text: str, options: MountOptions) -> SeekableAddress | None:
@@ -200,7 +202,7 @@ def _number(text: str, option: str, what: str, find: Callable[[str], int]) -> in
     try:
         return int(text) if text.isdecimal() else find(text)
     except KeyError:
-        raise CommandError(f"mount option '{option}={text}': there is no such {what} here") from None
+        raise CommandError(f"mount option '{option}={text}': there is no such {what}") from None
 
 
 def _make_absolute(options: MountOptions) -> None:
@@ -247,7 +249,7 @@ def _is_there(spec: SeekableAddress, options: MountOptions) -> bool:
     exists = _exists(spec.filename)
     if exists and options.ram:
         raise CommandError(
-            f"{spec.filename}: is there already; mount it without ram=, or give a new guest another file",
+            f"{spec.filename}: already exists; mount it without ram=, or choose another file for the new guest",
             errno.EEXIST,
         )
     if not exists and not options.ram and options.qmp is None:
@@ -266,11 +268,11 @@ def _check_directory(path: str) -> None:
     directory = os.path.dirname(path)
     if not os.path.isdir(directory):
         raise CommandError(
-            f"{directory}: no such directory, and the first save would create {path} in it", errno.ENOENT
+            f"{directory}: no such directory; the first save would create {path} in it", errno.ENOENT
         )
     if not os.access(directory, os.W_OK | os.X_OK, effective_ids=True):
         raise CommandError(
-            f"{directory}: can't be written, and the first save would create {path} in it; to save elsewhere, mount"
+            f"{directory}: can't be written; the first save would create {path} in it. To save elsewhere, mount"
             " `none`",
             errno.EACCES,
         )
@@ -291,12 +293,12 @@ def _check_mount_point(directory: str) -> None:
         os.statvfs(directory)  # stat is answered out of a cache for a while after the daemon died
     except OSError as error:
         if error.errno == errno.ENOTCONN:
-            raise CommandError(f"{directory}: a dead mount is there; `umount {directory}` first") from None
+            raise CommandError(f"{directory}: there is a dead mount; `umount {directory}` first") from None
         raise
     if not stat.S_ISDIR(status.st_mode):
         raise CommandError(f"{directory}: is not a directory")
     if _is_ckptfs(status.st_dev):  # a mount on top would hide it, and what runs on it
-        raise CommandError(f"{directory}: ckptfs is mounted there already; `umount {directory}` first", errno.EBUSY)
+        raise CommandError(f"{directory}: ckptfs is already mounted there; `umount {directory}` first", errno.EBUSY)
 
 
 def _is_ckptfs(device: int) -> bool:

@@ -46,7 +46,7 @@ def qemu_args(directory: str, share: str | None, nodes: list[str] | None) -> lis
         raise CommandError(f"{path}: has {bad!r} in it, which a shell would split; mount it elsewhere")
     if status["vmstate"] != "none" and status["written-pages"]:
         raise StateError(
-            f"{directory}: pages were written since the checkpoint, so no machine can be started from it: "
+            f"{directory}: pages have been written since the checkpoint, so no machine can start from it: "
             f"`echo reset > {directory}/ctl` drops them, `save` makes a new checkpoint"
         )
     backends = _in_order(directory, status, nodes)

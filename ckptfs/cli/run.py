@@ -134,7 +134,7 @@ def _named(opened: Opened) -> Iterator[None]:
 
 def _refuse_unfit(opened: Opened) -> None:
     if not opened.checkpoint.has_device_state:
-        raise StateError("holds RAM alone, no machine: there is nothing that could go on", errno.EINVAL)
+        raise StateError("contains RAM but no machine: there is nothing to run", errno.EINVAL)
     if opened.content.stream is not None:
         raise StateError(
             "is a plain stream, which QEMU can't map: "
@@ -155,15 +155,15 @@ def _remembered(opened: Opened, arguments: argparse.Namespace) -> QEMU:
     machine = opened.trailer.machine
     if machine is None:
         raise CommandError(
-            f"{opened.path}: does not tell how its machine was started (a live checkpoint by ckptfs does): give "
-            "QEMU's arguments, for the same devices"
+            f"{opened.path}: does not say how its machine was started (only a live checkpoint by ckptfs does): "
+            "give QEMU's arguments, for the same devices"
         )
     if not arguments.show and (problem := opened.distrust()) is not None:
         raise StateError(f"{problem}; `ckptfs run --show` prints what it would start", errno.EPERM)
     options = [option for option in parse(machine.arguments) if option.name not in _NOT_ONCE_MORE]
     if inherited := inherited_descriptors(options):
         raise StateError(
-            f"its machine was started with descriptors of another program ({inherited[0]}), which are gone: give "
+            f"its machine got file descriptors from another program ({inherited[0]}), which are gone: give "
             "QEMU's arguments, for the same devices"
         )
     if arguments.count is not None:
@@ -235,7 +235,7 @@ def _run_recorded(path: str, fd: int, qemu: QEMU, descriptors: Sequence[int], se
         code = process.wait(seconds)
         raise QemuError(f"QEMU ended with exit code {code} before {seconds:g} s had passed: nothing was recorded")
     length = write_working_set(path, fd, touched(process.pid, fd))
-    print(f"{path}{SUFFIX}: {length >> 20} MiB are read first from now on", file=sys.stderr, flush=True)
+    print(f"{path}{SUFFIX}: {length >> 20} MiB will be read first from now on", file=sys.stderr, flush=True)
     return int(process.wait() != 0)
 
 

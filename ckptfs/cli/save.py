@@ -30,9 +30,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.qmp is None:
         return operate.save(arguments)
     if arguments.target is not None:
-        raise CommandError(f"{arguments.target}: with --qmp there is no DIR, and one FILE")
+        raise CommandError(f"{arguments.target}: --qmp takes one FILE, and no DIR")
     if arguments.ram_only or arguments.force:
-        raise CommandError("--ram-only and --force are for what is mounted, not for --qmp")
+        raise CommandError("--ram-only and --force are for mounts, not for --qmp")
     target = seekable_file(parse_target(operate.target_of(arguments.directory)))
     if isinstance(target, FdAddress):
         raise CommandError(f"{arguments.directory}: save to a path")

@@ -59,7 +59,7 @@ def main() -> int:
             _umount(directory, *flags)  # nobody knows when the last user goes, or who the daemon is
             return 0
         if read_status(directory)["state"] == "saving":
-            print(f"{directory}: a save is running: waiting for its end", file=sys.stderr)
+            print(f"{directory}: a save is running: waiting for it to end", file=sys.stderr)
             wait_until_idle(directory, Lines())
         _umount_and_wait(directory, read_status(directory), *flags)
     except CkptfsError as error:

@@ -186,7 +186,7 @@ class Control:
     async def _record(self, command: ctl.Record, identity: Identity) -> str:
         base = self._guest.base
         if base is None:
-            raise StateError("there is no checkpoint beside which anything could be kept", errno.EINVAL)
+            raise StateError("this mount has no checkpoint, and the list is kept beside one", errno.EINVAL)
         pages = {idstr: block.received.copy() for idstr, block in self._guest.blocks.items() if block.stack.base}
         length = await Lane().ask(partial(base.record, pages, identity), deadline=base.deadline)
         return f"ok {length >> 20} MiB are read first with prefetch=recorded: {base.path}{SUFFIX}"
@@ -218,7 +218,7 @@ class Control:
             if command.start > block.used_length:
                 size = block.used_length
                 raise CommandError(
-                    f"START {command.start} is behind the end of ram/{command.name}: it has {size} bytes"
+                    f"START {command.start} is beyond the end of ram/{command.name}: it has {size} bytes"
                 )
         with trio.CancelScope() as scope:
             self._prefetches.add(scope)
@@ -234,7 +234,7 @@ class Control:
 
     async def _reset(self, command: ctl.Reset, identity: Identity) -> str:
         if await self._ram_files.are_written():
-            raise StateError("a program holds a file in ram/ open for writing: end it first")
+            raise StateError("a program has a file in ram/ open for writing: stop it first")
         return f"ok {await self._guest.reset()}"
 
     async def _set_capability(self, command: ctl.SetCapability, identity: Identity) -> str:
@@ -380,7 +380,7 @@ def _one_line(data: bytes) -> str:
     try:
         return data.decode().strip()
     except UnicodeDecodeError:
-        raise CommandError("a value is UTF-8 text") from None
+        raise CommandError("a value has to be UTF-8 text") from None
 
 
 _METHODS: dict[type, Callable[[Control, Any, Identity], Awaitable[str]]] = {

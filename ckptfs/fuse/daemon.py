@@ -79,7 +79,7 @@ def run_in_background(serve: Callable[[Starter], int]) -> int:
         if code:
             return code[0]
         os.waitpid(child, 0)
-        print("mount.ckptfs: the daemon died before the mount was there", file=sys.stderr)
+        print("mount.ckptfs: the daemon died before it had mounted anything", file=sys.stderr)
         return 2
     os.close(answer)
     os.setsid()

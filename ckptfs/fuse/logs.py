@@ -157,7 +157,7 @@ class Log:
         Where that can't be opened, or lies on our own mount, the log goes on where it was, and says so.
         """
         if self._path is None:
-            log.info("SIGHUP: there is no file of the log to open again")
+            log.info("SIGHUP: there is no log file to reopen")
             return
         try:
             stream = _open(self._path)
@@ -165,7 +165,7 @@ class Log:
                 stream.close()
                 raise StateError(f"{self._path}: lies on this mount")
         except (OSError, StateError) as error:
-            log.warning("the log can't be opened again, and goes on where it was: %s", describe(error))
+            log.warning("the log can't be reopened, and continues where it was: %s", describe(error))
             return
         assert isinstance(self._handler, _Stream)
         former, self._handler.stream = self._handler.stream, stream

@@ -190,7 +190,7 @@ class Mount:
                 await self._guest.migrations.cancel()
             await self._page_cache.come_back()
             return
-        log.warning("%s: the kernel does not return from the mount: its connection is aborted", self._mountpoint)
+        log.warning("%s: the kernel does not let go of the mount: its connection is aborted", self._mountpoint)
         try:
             await trio.to_thread.run_sync(self._abort, abandon_on_cancel=True)
         except OSError as error:

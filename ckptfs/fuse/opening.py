@@ -81,8 +81,8 @@ class Opening:
                     raise StateError("the mount is read-only (ro)", errno.EROFS)
                 if opener.writes and self._guest.machines.own_ram:
                     raise StateError(
-                        "this is a copy of the machine's RAM, which lies elsewhere: what is written here would "
-                        "reach no machine (`qmp none` lets go of it)",
+                        "this is a copy of the machine's RAM: the machine would not see what is written here"
+                        " (`qmp none` lets go of it)",
                         errno.EROFS,
                     )
                 with _refusal_logged("RAM", opener.pid):
@@ -134,7 +134,7 @@ class Opening:
             with _refusal_logged("truncate", pid):
                 self._guest.give_size(node.subject, length, in_use=in_use)
         elif node.kind not in (NodeKind.CTL, NodeKind.PARAMETER, NodeKind.CAPABILITY):
-            raise CommandError(f"{node.name!r} has no size that could be set", errno.EPERM)
+            raise CommandError(f"{node.name!r} has no size to set", errno.EPERM)
 
     async def _vmstate(self, opener: Opener) -> bytes:
         """The stream that starts a machine on this RAM, for whoever has this RAM as his own."""

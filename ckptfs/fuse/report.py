@@ -155,7 +155,7 @@ def _vmstate(guest: Guest) -> str:
         if machine is not None and machine.ended:
             return "used: a machine has run on this RAM, and has ended; `reset` makes it ready again"
         return "in use: a machine was started from it"
-    return "stale: pages were written since the checkpoint" if guest.has_written else "ready"
+    return "stale: pages have been written since the checkpoint" if guest.has_written else "ready"
 
 
 def _verified(guest: Guest) -> str:

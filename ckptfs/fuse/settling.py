@@ -258,7 +258,7 @@ class Settling:
         if trio.current_time() - self._active_since > SETTLE_DEADLINE / 2:
             return kernel_silent(SETTLE_DEADLINE)
         return StateError(
-            f"programs that write RAM through mmap did not let it come to rest in {SETTLE_DEADLINE:g} s; "
+            f"programs that write RAM through mmap have kept writing for {SETTLE_DEADLINE:g} s; "
             "stop them and try again"
         )
 
@@ -309,8 +309,8 @@ def _any_overlaps(pieces: list[FileRange], pages: FileRange) -> bool:
 def kernel_silent(seconds: float) -> StateError:
     """The kernel has not come back from what it was asked to do with the pages of RAM."""
     return StateError(
-        f"the kernel has been busy with the pages of ram/ for {seconds:g} s, and nothing of it was written back: "
-        "try again; if that goes on, `umount -f` frees whoever waits for the mount"
+        f"the kernel has been busy with the pages of ram/ for {seconds:g} s and has written nothing back: try"
+        " again; if that does not help, `umount -f` frees everybody who waits for the mount"
     )
 
 

@@ -206,7 +206,7 @@ class Base:
         Raises StateError for a checkpoint that has no place beside it, OSError.
         """
         if not os.path.isabs(self.path):
-            raise StateError(f"{self.path}: has no name beside which anything could be kept")
+            raise StateError(f"{self.path}: has no name, and the list is kept beside one")
         ranges = [
             ByteRange(*(place.pages_offset + page * place.page_size for page in run))
             for idstr, bitmap in pages.items()

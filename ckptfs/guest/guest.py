@@ -172,7 +172,7 @@ class Guest:
     def refuse_filled(self) -> None:
         """Only an empty guest can be filled from a checkpoint."""
         if self.blocks or self.base is not None:
-            raise StateError("this mount has RAM already: mount `none` to fill it from a checkpoint", errno.EEXIST)
+            raise StateError("this mount already has RAM: mount `none` to fill it from a checkpoint", errno.EEXIST)
 
     def add_block(self, idstr: str, used_length: int) -> None:
         """Give a guest one more RAM block, of zero pages; of no pages until `give_size` if need be.
@@ -193,7 +193,7 @@ class Guest:
         if block.used_length:
             raise StateError(f"{idstr}: has {block.used_length} bytes, and keeps that size", errno.EPERM)
         if in_use:
-            raise StateError(f"{idstr}: somebody else has it open: it gets its size from the one who made it")
+            raise StateError(f"{idstr}: somebody else has it open: only whoever created it can set its size")
         self._refuse_fixed(idstr)
         block.give_size(self._page_count(idstr, used_length))
 
@@ -203,11 +203,11 @@ class Guest:
         ``in_use``: somebody else has the file open (EBUSY); else, if pages hold data, EPERM.
         """
         if in_use:
-            raise StateError(f"{idstr}: somebody has it open or mapped, and would lose his RAM by O_TRUNC")
+            raise StateError(f"{idstr}: somebody has it open or mapped, and O_TRUNC would destroy their RAM")
         if self.blocks[idstr].stored_pages():
             raise StateError(
-                f"{idstr}: holds data, which O_TRUNC would drop: `dd conv=notrunc` writes over it, "
-                "`reset` drops what was written",
+                f"{idstr}: contains data, which O_TRUNC would destroy: `dd conv=notrunc` overwrites it, `reset`"
+                " drops what was written",
                 errno.EPERM,
             )
 
@@ -221,8 +221,8 @@ class Guest:
     def _refuse_fixed(self, idstr: str) -> None:
         if self.base is not None and self.machines.bound is None:
             raise StateError(
-                f"{idstr}: the RAM blocks of a guest that has a checkpoint are fixed; where memory is to be "
-                "plugged into a machine, bind its QMP socket first (qmp SOCKET)",
+                f"{idstr}: a guest that has a checkpoint gets no new RAM blocks; to plug memory into a machine,"
+                " bind its QMP socket first (qmp SOCKET)",
                 errno.EPERM,
             )
         migration = self.migrations.newest
@@ -369,7 +369,9 @@ class Guest:
         Raises StateError (EBUSY) if the kernel does not get on with that, as it can't while `stop` holds writers.
         """
         if not self.writers_run:
-            raise StateError("writers of ram/ are held (stop): the kernel may hold what they wrote: `cont` first")
+            raise StateError(
+                "writers of ram/ are held back (stop), and the kernel may still have what they wrote: `cont` first"
+            )
         await self._page_cache.flush(idstrs)
 
     # ---- epochs ------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ class Migrations:
         """Cancel the running migration and wait for its end; StateError (EINVAL) if there is none."""
         migration = self._newest
         if not migration.running:
-            raise StateError("nothing is running that could be cancelled", errno.EINVAL)
+            raise StateError("nothing is running, so there is nothing to cancel", errno.EINVAL)
         if migration.status is not MigrationStatus.CANCELLING:
             migration.advance(MigrationStatus.CANCELLING)
             migration.cancel_scope.cancel()

@@ -39,8 +39,8 @@ def check_mappable(fd: int, blocks: Collection[RAMBlock], file_bmaps: Mapping[st
         page = stale_page(fd, block, file_bmaps[block.idstr])
         if page is not None:
             raise StateError(
-                f"page {page} of {block.idstr} is zeros, and the file has other bytes in its place, as QEMU leaves "
-                "them when it saves a guest that runs: "
+                f"page {page} of {block.idstr} is zeros, but the file has other bytes in its place, as when QEMU"
+                " saves a running guest: "
                 "`ckptfs export FILE OUT --format mapped-ram` makes a clean one",
                 errno.EINVAL,
             )

@@ -124,8 +124,8 @@ async def _save_to(guest: Guest, lane: Lane, target: Target, request: SaveReques
         in_place = await lane.ask(partial(guest.base.lies_in, target.file), deadline=BACKING_DEADLINE)
         if in_place:
             raise StateError(
-                f"{target.path}: is what RAM is restored from, and would be written in place: "
-                "save elsewhere, or `restore` first"
+                f"{target.path}: is the file that RAM is restored from, and can't be overwritten in place: save"
+                " elsewhere, or `restore` first"
             )
     await lane.ask(target.keep_prefix)
     carried: list[Layer] = []
@@ -202,8 +202,8 @@ def _accept_blocks(guest: Guest, head: Head) -> None:
     if shown and found != shown:
         names = ", ".join(sorted(idstr for idstr in found | shown if found.get(idstr) != shown.get(idstr)))
         raise StateError(
-            f"QEMU's RAM is not that of this mount any more ({names}): save it with "
-            "`ckptfs save --qmp SOCKET FILE`, or mount anew"
+            f"QEMU's RAM is no longer that of this mount ({names}): save it with "
+            "`ckptfs save --qmp SOCKET FILE`, or mount again"
         )
 
 
@@ -301,8 +301,8 @@ def _refuse_mixed_moments(guest: Guest, request: SaveRequest) -> None:
     unchanged = guest.machines.have_run and guest.has_device_state and not guest.has_written
     if guest.machines.bound is not None and not unchanged:
         raise StateError(
-            "QEMU has saved this guest while it was stopped, and does not save it once more before it has run: "
-            "`cont`, then save",
+            "QEMU saved this guest while it was paused, and saves it again only after it has run: `cont`, then"
+            " save",
             errno.EBUSY,
         )
     if guest.machines.have_run and guest.has_device_state and guest.has_written:

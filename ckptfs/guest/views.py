@@ -67,7 +67,7 @@ def refuse_written(guest: Guest, layout: Layout) -> None:
     """Raise StateError (EPERM) for a view of RAM that is not the checkpoint's any more."""
     if layout.has_memory and guest.has_written:
         raise StateError(
-            "pages were written since the checkpoint, so its registers do not belong to this RAM: "
+            "pages have been written since the checkpoint, so its registers do not match this RAM: "
             "`reset` drops them, `save` makes a new checkpoint",
             errno.EPERM,
         )

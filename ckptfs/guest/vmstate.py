@@ -28,14 +28,14 @@ async def vmstate(guest: Guest, memory: MachineMemory, user: RAMUser, others: li
     would start such a guest without a word, and corrupt it.
     """
     if guest.base is None:
-        raise StateError("there is no checkpoint behind this mount", errno.ENOENT)
+        raise StateError("this mount has no checkpoint", errno.ENOENT)
     _refuse_stranger(memory, user)
     _refuse_shared_use(user, others)
     if guest.has_written:
         await guest.drop_unchanged()
     if guest.has_written:
         raise StateError(
-            "pages were written since the checkpoint, so its device state does not belong to this RAM: "
+            "pages have been written since the checkpoint, so its device state does not match this RAM: "
             "`reset` drops them, `save` makes a new checkpoint",
             errno.EPERM,
         )

@@ -225,15 +225,15 @@ def _line(text: bytes) -> str:
     if len(text) > COMMAND_LENGTH_MAX:
         raise CommandError(f"a command is at most {COMMAND_LENGTH_MAX} bytes, not {len(text)}")
     if b"\0" in text:
-        raise CommandError("a command holds no NUL byte")
+        raise CommandError("a command can't contain a NUL byte")
     try:
         line = text.decode().strip()
     except UnicodeDecodeError as error:
-        raise CommandError(f"a command is UTF-8 text: byte {error.start} is not") from None
+        raise CommandError(f"a command has to be UTF-8 text: byte {error.start} is not") from None
     if not line:
         raise CommandError("an empty command: 'help' lists all")
     if "\n" in line:
-        raise CommandError("one command a write: this one has several lines, write them one by one")
+        raise CommandError("one command per write: this has several lines, write them one by one")
     return line.replace("\t", " ")
 
 
@@ -398,16 +398,17 @@ GRAMMAR = (
     Grammar(
         ("save",),
         "[URI or PATH] [nowait] [ram-only] [force]",
-        "Write a checkpoint: to the mounted file, or to the given place. The write returns when it is durable under"
-        " its final name; with `nowait` at once (follow it in `status`). `ram-only`: without device state. The"
-        " mounted file is replaced only while it is the one that this mount came from or last wrote (ESTALE);"
-        " `force` replaces it all the same.",
+        "Write a checkpoint to the mounted file, or to the given place. The write returns when the checkpoint is"
+        " on disk under its final name; with `nowait`, at once (follow it in `status`). `ram-only` leaves out the"
+        " device state. The mounted file is replaced only if it is still the one that this mount came from or"
+        " last wrote (otherwise ESTALE); `force` replaces it anyway.",
         _parse_save,
     ),
     Grammar(
         ("migrate",),
         "[-d] URI",
-        "The same in QEMU's words; `-d` returns at once. Instead of `URI`, JSON with QAPI's `uri` or `channels`.",
+        "The same in QEMU's words. `-d` returns at once. In place of `URI`, JSON with QAPI's `uri` or `channels`"
+        " works, too.",
         _parse_migrate,
     ),
     Grammar(
@@ -419,76 +420,78 @@ GRAMMAR = (
     Grammar(
         ("migrate_cancel", "cancel"),
         "",
-        "End the running save or restore; nothing half-done stays under a final name.",
+        "Cancel the running save, restore or prefetch. Nothing unfinished stays under a final name.",
         _alone(Cancel()),
     ),
     Grammar(
         ("migrate_continue",),
         "pre-switchover",
-        "Known, and always refused: a save does not pause before a switchover, as there is none.",
+        "Always refused: a save does not pause before a switchover, because there is none.",
         _parse_migrate_continue,
     ),
     Grammar(
         ("restore",),
         "",
-        "Bring in everything; after it the backing file is no longer needed.",
+        "Read all of RAM into memory. Afterwards the file is no longer needed.",
         _alone(Restore()),
     ),
     Grammar(
         ("prefetch",),
         "[NAME [START LENGTH]]",
-        "Warm everything, the block `ram/NAME`, or `LENGTH` bytes of it from byte `START` on.",
+        "Read ahead, into the page cache: everything, the block `ram/NAME`, or `LENGTH` bytes of it from byte"
+        " `START` on.",
         _parse_prefetch,
     ),
     Grammar(
         ("record",),
         "",
-        "Keep which pages were read so far, in `FILE.working-set` beside the checkpoint: a later mount with"
-        " `prefetch=recorded` reads those first.",
+        "Write down which pages have been read so far, in `FILE.working-set` beside the checkpoint. A later mount"
+        " with `prefetch=recorded` reads those first.",
         _alone(Record()),
     ),
     Grammar(
         ("reset",),
         "",
-        "Drop every written page: RAM is the checkpoint again. Refused (EBUSY) while a writer holds a `ram/` file"
-        " open.",
+        "Drop all written pages: RAM is the checkpoint again. Refused (EBUSY) while a program has a `ram/` file"
+        " open for writing.",
         _alone(Reset()),
     ),
     Grammar(
         ("migrate_set_capability",),
         "NAME on|off",
-        "Switch a capability, as the files in `capabilities/` do.",
+        "Switch a capability. Writing to its file in `capabilities/` does the same.",
         _parse_set_capability,
     ),
     Grammar(
         ("migrate_set_parameter",),
         "NAME VALUE",
-        "Set a parameter, as the files in `parameters/` do; bandwidths count in MiB here, in bytes there.",
+        "Set a parameter. Writing to its file in `parameters/` does the same, but bandwidths count in MiB here"
+        " and in bytes there.",
         _parse_set_parameter,
     ),
     Grammar(
         ("info",),
         "migrate|migrate_parameters|migrate_capabilities",
-        "Report, as QEMU's monitor does; the answer is read back from the same open file.",
+        "Report as QEMU's monitor does. Read the answer from the same open file.",
         _parse_info,
     ),
     Grammar(
         ("stop",),
         "",
-        "Stop the guest behind `qmp=`; without one, hold back writers of `ram/`.",
+        "Pause the guest behind `qmp=`; without one, hold back programs that write to `ram/`.",
         _alone(Stop()),
     ),
-    Grammar(("cont",), "", "Let them go on.", _alone(Cont())),
+    Grammar(("cont",), "", "Let the guest, or those programs, go on.", _alone(Cont())),
     Grammar(
         ("qmp",),
         "SOCKET|none",
-        "Bind to the QEMU that runs on this RAM, or let go of it.",
+        "Connect to the QEMU that runs on this RAM, or let go of it.",
         _parse_qmp,
     ),
     Grammar(
         ("loglevel",),
         "|".join(Level),
-        "Log from this level on.",
+        "Log messages of this level and above.",
         _parse_loglevel,
     ),
     Grammar(

@@ -96,12 +96,12 @@ def _apply(options: MountOptions, name: str, value: str | None) -> None:
 
 def _refuse_contradictions(options: MountOptions) -> None:
     if options.ram and options.read_only:
-        raise CommandError("mount option 'ro': a new guest (ram=) could be neither written nor saved: leave out ro")
+        raise CommandError("mount option 'ro': nobody could write to a new guest (ram=), or save it: leave out ro")
     if options.ram and options.shared:
         idstr, path = next(iter(options.shared.items()))
         raise CommandError(
-            f"mount option 'shared={idstr}:{path}': it names RAM that a checkpoint leaves out, and a new "
-            "guest (ram=) has no checkpoint: give one of the two"
+            f"mount option 'shared={idstr}:{path}': it names RAM that a checkpoint leaves out, but a new guest"
+            " (ram=) has no checkpoint: use one of the two"
         )
 
 
@@ -208,7 +208,7 @@ def _parse_ram(text: str) -> tuple[str, int]:
     encode_name(idstr)
     used_length = _parse_file_size(size)
     if not used_length:
-        raise CommandError("a block without any bytes holds nothing: give it a size, as in ram=pc.ram:1G")
+        raise CommandError("a block can't be empty: give it a size, as in ram=pc.ram:1G")
     return idstr, used_length
 
 
@@ -256,7 +256,7 @@ def _parse_way(text: str) -> Way:
 def _parse_rounds(text: str) -> int:
     rounds = _parse_number(text)
     if not rounds:
-        raise CommandError("expects a number from 1 on")
+        raise CommandError("expects a number, 1 or more")
     return rounds
 
 
@@ -301,38 +301,38 @@ OPTIONS = (
         "Give a new guest a RAM block, as in ram=pc.ram:1G; repeat it for more. The first save creates SPEC.",
         _entry("ram", _parse_ram),
     ),
-    Option("ro", "", "Refuse to write RAM and to save.", _switch("read_only")),
-    Option("rw", "", "Take back ro.", _switch("read_only", False)),
+    Option("ro", "", "Read-only: nobody can write RAM or save it.", _switch("read_only")),
+    Option("rw", "", "Undo ro.", _switch("read_only", False)),
     Option(
         "qmp",
         "SOCKET",
-        "QMP socket of the QEMU that runs on this RAM: save is then a live checkpoint of the whole machine. Without"
-        " ram= and a file, the machine's RAM may lie anywhere.",
+        "The QMP socket of the QEMU that runs on this RAM. save then saves the whole machine while it runs."
+        " Without ram= and without a file, its RAM may be anywhere.",
         _one("qmp", str),
     ),
     Option(
         "capture",
         "auto|snapshot|precopy",
-        "How a machine is saved whose RAM is not on this mount: by background-snapshot, by precopy, or by the first"
-        " of the two that QEMU can do (auto).",
+        "How to save a machine whose RAM is not on this mount: by background-snapshot, by precopy, or (auto, the"
+        " default) by the first of the two that QEMU can do.",
         _one("capture", _parse_way),
     ),
     Option(
         "capture_rounds",
         "N",
-        "After N rounds of precopy (10) the guest is stopped for what is left.",
+        "Pause the guest for the rest after N rounds of precopy (default: 10).",
         _one("capture_rounds", _parse_rounds),
     ),
     Option(
         "backends",
         "ID[:ID...]",
-        "The RAM blocks that QEMU has as memory backends, where they can't be told by their names.",
+        "The RAM blocks that are QEMU's memory backends, if their names don't say so.",
         _several("backends"),
     ),
     Option(
         "verify",
         "on|off",
-        "Give EIO for pages that do not have the checksum that was saved with them (default: off).",
+        "Fail with EIO when a page does not have the checksum that was saved with it (default: off).",
         _one("verify", parse_state),
     ),
     Option(
@@ -347,7 +347,8 @@ OPTIONS = (
     Option(
         "prefetch",
         "on|off|recorded",
-        "Restore everything in the background, or warm what was recorded (ctl: record).",
+        "on: restore everything in the background. recorded: first read what was recorded before (ctl: record)."
+        " Default: off.",
         _one("prefetch", _parse_prefetch),
     ),
     Option(
@@ -359,22 +360,23 @@ OPTIONS = (
     Option(
         "shared",
         "ID:PATH",
-        "File with the RAM of a block that the checkpoint leaves out (x-ignore-shared). Repeat it for more blocks.",
+        "The file with the RAM of a block that the checkpoint leaves out (x-ignore-shared). Repeat it for more"
+        " blocks.",
         _entry("shared", _parse_shared),
     ),
     Option("uuid", "UUID", "The guest's UUID, for capability validate-uuid.", _one("uuid", _parse_uuid)),
     Option(
         "fdset",
         "ID:FD[:FD...]",
-        "Inherited descriptors that file:/dev/fdset/ID stands for.",
+        "The inherited file descriptors behind file:/dev/fdset/ID.",
         _entry("fdset", _parse_fdset),
     ),
-    Option("fd", "NAME:FD", "An inherited descriptor that fd:NAME stands for.", _entry("fd", _parse_fd)),
+    Option("fd", "NAME:FD", "The inherited file descriptor behind fd:NAME.", _entry("fd", _parse_fd)),
     Option(
         "allow_other",
         "",
-        "Let other users in, as far as uid, gid and umask permit. Without root, /etc/fuse.conf has to have"
-        " user_allow_other.",
+        "Let other users in, as far as uid, gid and umask permit. Without root, this needs user_allow_other in"
+        " /etc/fuse.conf.",
         _switch("allow_other"),
     ),
     Option("uid", "USER", "Owner of the files, by name or number (default: you).", _one("uid", _parse_id)),
@@ -384,7 +386,9 @@ OPTIONS = (
         "Group of the files, by name or number (default: yours).",
         _one("gid", _parse_id),
     ),
-    Option("umask", "OCTAL", "Permissions that nobody gets (default: 0077).", _one("umask", _parse_umask)),
+    Option(
+        "umask", "OCTAL", "The permissions that nobody gets, in octal (default: 0077).", _one("umask", _parse_umask)
+    ),
     Option(
         "log",
         "syslog|FILE",
@@ -392,7 +396,7 @@ OPTIONS = (
         _one("log", str),
     ),
     Option("debug", "", "Log more.", _switch("debug")),
-    Option("foreground", "", "Do not become a daemon.", _switch("foreground")),
+    Option("foreground", "", "Stay in the foreground.", _switch("foreground")),
 )
 """All options of ours but those of the registries, in the order of the manual."""
 
@@ -400,7 +404,7 @@ _SETTERS = {option.name.replace("_", "-"): option.apply for option in OPTIONS}
 
 _REMOUNT = (
     "a mount can't be remounted: write to its ctl, parameters/ and capabilities/ instead, or `umount` it and mount"
-    " it anew"
+    " it again"
 )
 
 _IGNORED = re.compile(

@@ -167,7 +167,7 @@ class Tree:
         """
         name = encode_name(idstr)
         if name in self._children[RAM.inode]:
-            raise StateError(f"RAM block {idstr!r} is there already", EEXIST)
+            raise StateError(f"RAM block {idstr!r} already exists", EEXIST)
         inode = _FIRST_BLOCK_INODE + 2 * self.block_count
         self.block_count += 1
         node = Node(inode, RAM.inode, name, NodeKind.RAM, idstr)

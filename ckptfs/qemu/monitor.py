@@ -29,7 +29,7 @@ _UCRED = struct.Struct("3i")
 _LAST_CHANCE = 1.0
 """Seconds for each further answer once QEMU has missed a deadline: it answers in order."""
 
-_ONE_AT_A_TIME = "it serves one client at a time: give QEMU a second -qmp, for ckptfs alone"
+_ONE_AT_A_TIME = "it serves one client at a time: give QEMU a second -qmp for ckptfs"
 _START_OR_LET_GO = ": start QEMU with it as its -qmp (a mount lets go of it with `qmp none`)"
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ class Monitor:
             with trio.fail_after(self.deadline):
                 return await _run_in(self._loop, coroutine)
         except trio.TooSlowError:
-            error = QemuError(f"{command}: QEMU gave no answer in {self.deadline:g} s", errno.ETIMEDOUT)
+            error = QemuError(f"{command}: QEMU did not answer for {self.deadline:g} s", errno.ETIMEDOUT)
             self.deadline = min(self.deadline, _LAST_CHANCE)
             raise error from None
         except ExecuteError as error:
@@ -129,7 +129,7 @@ async def connected(path: str, identity: Identity, deadline: float = DEADLINE) -
     except OSError as error:
         if error.errno == errno.EAGAIN:  # its backlog is full, of connections that waited in vain
             raise QemuError(
-                f"QMP socket {path}: others wait there already; {_ONE_AT_A_TIME}", errno.EBUSY
+                f"QMP socket {path}: others are already waiting there; {_ONE_AT_A_TIME}", errno.EBUSY
             ) from error
         remedy = _START_OR_LET_GO if error.errno in (errno.ENOENT, errno.ECONNREFUSED) else ""
         raise QemuError(f"QMP socket {path}: {error.strerror}{remedy}", error.errno) from error
@@ -203,7 +203,7 @@ async def _greet(
             errno.ETIMEDOUT,
         ) from None
     except ConnectError as error:
-        raise QemuError(f"QMP socket {path}: what answers there, if anything, is no QMP") from error
+        raise QemuError(f"QMP socket {path}: whatever answers there does not speak QMP") from error
 
 
 async def _disconnect(client: QMPClient) -> None:

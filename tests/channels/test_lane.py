@@ -155,7 +155,7 @@ async def test_a_call_that_committed_and_does_not_come_back_is_an_error(
     call.may_commit.set()
 
     async def ask() -> None:
-        with pytest.raises(StorageError, match="whether the last step was done is not known"):
+        with pytest.raises(StorageError, match="whether the last step was done is unknown"):
             await lane.ask(call, deadline=10)
 
     async with trio.open_nursery() as nursery:

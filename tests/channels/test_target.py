@@ -147,8 +147,8 @@ def test_a_name_that_may_be_lost_is_an_error_that_says_so(directory: Path) -> No
         target.publish()
     target.discard()
     assert str(caught.value) == (
-        f"{path}: the new checkpoint has this name already, but its directory could not be synced"
-        f" ({os.strerror(errno.EIO)} (injected)), and a power cut may undo that: save again"
+        f"{path}: the new checkpoint is in place, but its directory could not be synced"
+        f" ({os.strerror(errno.EIO)} (injected)), so a power cut may undo that: save again"
     )
     assert caught.value.errno == errno.EIO
     assert names(directory) == ["vm1"]

@@ -222,11 +222,10 @@ def test_what_is_no_file(tmp_path: Path, run_ckptfs: RunCkptfs) -> None:
     assert run_ckptfs("info", tmp_path, code=1).stderr == f"{tmp_path}: no guest's RAM is mounted here\n"
 
 
-@pytest.mark.parametrize("arguments", [[], ["inf"], ["info", "file", "--offset", "3x"]], ids=str)
-def test_wrong_usage(arguments: list[str], run_ckptfs: RunCkptfs) -> None:
-    result = run_ckptfs(*arguments, code=2)
+def test_wrong_usage(run_ckptfs: RunCkptfs) -> None:
+    result = run_ckptfs("info", "file", "--offset", "3x", code=2)
     assert result.stdout == ""
-    assert result.stderr.startswith("usage: ckptfs")
+    assert result.stderr.startswith("ckptfs info: argument --offset: bad size '3x'")
 
 
 def test_several_files(tmp_path: Path, run_ckptfs: RunCkptfs) -> None:
@@ -286,7 +285,7 @@ def test_a_mount_in_words(tmp_path: Path, mount: Mount, run_ckptfs: RunCkptfs) -
         f"{mounted.path}: mount of {path}, idle\n"
         f"base     checkpoint {path}\n"
         "machine  pc-i440fx-10.0, paused\n"
-        "vmstate  stale: pages were written since the checkpoint\n"
+        "vmstate  stale: pages have been written since the checkpoint\n"
         "RAM block        size       pages        zero  checkpoint        read     written\n"
         "pc.ram      1.172 MiB         300         297           2           0           1\n"
         "vga.vram        4 KiB           1           1           0           0           0\n"

@@ -60,10 +60,10 @@ def test_owner_and_group_by_name(mount: Mount, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        ("uid=no one", "mount option 'uid=no one': there is no such user here"),
-        ("gid=nosuch", "mount option 'gid=nosuch': there is no such group here"),
+        ("uid=no one", "mount option 'uid=no one': there is no such user"),
+        ("gid=nosuch", "mount option 'gid=nosuch': there is no such group"),
         ("remount,ro", "mount option 'remount': a mount can't be remounted"),
-        ("ram=pc.ram:0", "mount option 'ram=pc.ram:0': a block without any bytes holds nothing"),
+        ("ram=pc.ram:0", "mount option 'ram=pc.ram:0': a block can't be empty"),
     ],
 )
 def test_an_option_that_is_refused(option: str, words: str, mount_point: Path) -> None:
@@ -88,7 +88,7 @@ def test_a_new_guest_that_could_not_be_saved(mount_point: Path, tmp_path: Path) 
         result = run_mount(directory / "checkpoint", mount_point, "ram=pc.ram:1M")
         assert result.returncode == MOUNT_FAILURE
         assert result.stderr == (
-            f"mount.ckptfs: {directory}: no such directory, and the first save would create {directory}/checkpoint"
+            f"mount.ckptfs: {directory}: no such directory; the first save would create {directory}/checkpoint"
             " in it\n"
         )
     result = run_mount(tmp_path / "file/checkpoint", mount_point, "ram=pc.ram:1M")

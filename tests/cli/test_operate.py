@@ -104,7 +104,7 @@ def test_a_save_whose_command_is_killed_goes_on(slow: Mounted, tmp_path: Path, r
 
 def test_cancel_and_wait(slow: Mounted, run_ckptfs: RunCkptfs) -> None:
     run_ckptfs("wait", slow.path)  # nothing runs
-    assert "nothing is running that could be cancelled" in run_ckptfs("cancel", slow.path, code=1).stderr
+    assert "nothing is running, so there is nothing to cancel" in run_ckptfs("cancel", slow.path, code=1).stderr
     slow.ctl("save nowait")
     waiting = start("wait", slow.path)
     wait_until_active(slow)
@@ -125,7 +125,7 @@ def test_restore_prefetch_and_reset(mounted: Mounted, mount: Mount, tmp_path: Pa
     assert "there is no ram/nosuch" in run_ckptfs("prefetch", incoming.path, "nosuch", code=1).stderr
     with (incoming.ram / "pc.ram").open("r+b", buffering=0) as file:
         file.write(b"x")
-        assert "end it first" in run_ckptfs("reset", incoming.path, code=1).stderr
+        assert "stop it first" in run_ckptfs("reset", incoming.path, code=1).stderr
     assert run_ckptfs("reset", incoming.path).stdout == "1 written page dropped\n"
     assert run_ckptfs("restore", incoming.path).stdout.startswith(f"restored {tmp_path}/storage/vm")
     assert incoming.status()["restored"] is True

@@ -105,7 +105,7 @@ def test_pages_written_since_the_checkpoint(tmp_path: Path, mount: Mount, run_ck
     with (mounted.ram / "pc.ram").open("r+b") as ram:
         ram.write(b"patched")
     assert run_ckptfs("qemu-args", mounted.path, code=1).stderr == (
-        f"{mounted.path}: pages were written since the checkpoint, so no machine can be started from it: "
+        f"{mounted.path}: pages have been written since the checkpoint, so no machine can start from it: "
         f"`echo reset > {mounted.path}/ctl` drops them, `save` makes a new checkpoint\n"
     )
     mounted.ctl("reset")

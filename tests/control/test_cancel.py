@@ -127,7 +127,7 @@ def test_a_restore(mount: Mount, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("command", ["cancel", "migrate_cancel"])
 def test_nothing_to_cancel(command: str, standing: Mounted) -> None:
-    with pytest.raises(OSError, match="nothing is running that could be cancelled") as caught:
+    with pytest.raises(OSError, match="nothing is running, so there is nothing to cancel") as caught:
         standing.ctl(command)
     assert caught.value.errno == errno.EINVAL
 

@@ -182,7 +182,7 @@ def test_what_is_being_restored_is_not_overwritten(
 ) -> None:
     content = checkpoint.read_bytes()
     mounted = mount(spec, option, program=mount_inheriting(*(Handed(checkpoint, flag) for flag in flags)))
-    with pytest.raises(OSError, match="is what RAM is restored from") as caught:
+    with pytest.raises(OSError, match="is the file that RAM is restored from") as caught:
         mounted.ctl("save")
     assert caught.value.errno == errno.EBUSY
     assert checkpoint.read_bytes() == content

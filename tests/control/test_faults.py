@@ -147,7 +147,7 @@ def test_a_save_whose_name_may_be_lost_is_an_error(call: str, error: str, guest:
     before = sum(footprint(guest.pid).descriptors.values()), footprint(guest.pid).layers
     for noticed in guest.failures("save", call, error):
         assert noticed is not None
-        assert noticed.strerror.startswith(f"error: {guest.path}: the new checkpoint has this name already, but")
+        assert noticed.strerror.startswith(f"error: {guest.path}: the new checkpoint is in place, but")
         assert noticed.errno == errno.EIO
         guest.assert_saved()
         assert (sum(footprint(guest.pid).descriptors.values()), footprint(guest.pid).layers) == before

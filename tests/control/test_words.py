@@ -61,9 +61,9 @@ async def test_qemus_example_as_it_stands(stock_checkpoint: StockCheckpoints, mo
     ("command", "text"),
     [
         ("migrate_continue pre-switchover", "Migration not in expected state: "),
-        ("migrate_cancel", "nothing is running that could be cancelled"),
+        ("migrate_cancel", "nothing is running, so there is nothing to cancel"),
         ("migrate -r file:/nowhere/file", "Cannot resume if there is no paused migration"),
-        ("migrate_incoming file:/nowhere/file", "this mount has RAM already"),
+        ("migrate_incoming file:/nowhere/file", "this mount already has RAM"),
     ],
 )
 def test_nothing_to_do(command: str, text: str, standing: Mounted) -> None:
@@ -166,7 +166,7 @@ FILE = {"transport": "file", "filename": "/x", "offset": 0}
 def test_channels(command: str, address: dict[str, object], text: str, standing: Mounted) -> None:
     channels = {"channels": [{"channel-type": "main", "addr": address}]}
     if command == "migrate_incoming" and "fd:" in text:
-        text = "this mount has RAM already"
+        text = "this mount already has RAM"
     assert refusal(standing, f"{command} {json.dumps(channels)}")[1].startswith(text)
 
 

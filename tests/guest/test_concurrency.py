@@ -337,7 +337,7 @@ async def test_the_pages_that_a_write_fills_do_not_wait_for_its_edge(
 
 async def test_nothing_waits_for_the_kernel_to_write_back_what_stop_holds(guest: Guest) -> None:
     await guest.hold_writers()
-    with pytest.raises(StateError, match=r"are held \(stop\)"):
+    with pytest.raises(StateError, match=r"are held back \(stop\)"):
         await guest.flush(["pc.ram"])
     guest.let_writers_go()
     await guest.flush(["pc.ram"])
@@ -553,7 +553,7 @@ async def test_writers_that_are_held_wait_and_readers_do_not(guest: Guest, tmp_p
 async def test_a_backing_storage_that_gives_no_answer_is_an_error_for_all_who_wait(
     golden: Path, reads: GatedReads, expect_log: Callable[[str], None], nothing_stays_open: None
 ) -> None:
-    expect_log(r"ERROR ckptfs\.channels\.channels: .*/golden: the storage gave no answer in 0.05 s")
+    expect_log(r"ERROR ckptfs\.channels\.channels: .*/golden: the storage has not answered for 0.05 s")
     expect_log(r"ERROR ckptfs\.guest\.base: pc\.ram: pages 0 to 0 can't be read from the checkpoint: .* no answer")
     guest = Guest.incoming(open_base(golden, channel_count=2, deadline=0.05))
     reads.shut()

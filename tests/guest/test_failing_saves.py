@@ -213,7 +213,7 @@ async def test_a_name_that_may_be_lost_is_an_error(directory: Path, make_world: 
     await world.save()
     before = len(open_descriptors())
     await world.write()
-    text = f"{world.path}: the new checkpoint has this name already"
+    text = f"{world.path}: the new checkpoint is in place"
     with FailingCall(("fsync",), 1, errno.EIO).installed(), pytest.raises(StorageError, match=text):
         await save(world.guest, save_request(world.path))
     assert ram_in(world.path)["pc.ram"] == world.ram

@@ -33,7 +33,7 @@ async def test_a_guest_is_filled_once(guest: Guest, golden: Path) -> None:
     """Two commands may have opened their checkpoints before either of them fills the guest."""
     await guest.write(guest.blocks["pc.ram"], 5, b"mine")
     second = open_base(golden)
-    with pytest.raises(StateError, match="has RAM already") as caught:
+    with pytest.raises(StateError, match="already has RAM") as caught:
         guest.fill(second)
     assert caught.value.errno == errno.EEXIST
     assert (await ram_of(guest))["pc.ram"] == patched(GOLDEN, 5, b"mine")

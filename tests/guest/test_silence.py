@@ -90,7 +90,7 @@ async def wait_for_silence(guest: Guest, reads: SilentReads, clock: MockClock) -
 async def test_what_is_owed_is_not_asked_for_again(
     guest: Guest, reads: SilentReads, mock_clock: MockClock, expect_log: Callable[[str], None]
 ) -> None:
-    expect_log(r"ERROR ckptfs\.channels\.channels: .*/golden: the storage gave no answer in 10 s")
+    expect_log(r"ERROR ckptfs\.channels\.channels: .*/golden: the storage has not answered for 10 s")
     expect_log(r"ERROR ckptfs\.guest\.base: pc\.ram: pages 4 to 11 can't be read from the checkpoint: .* no answer")
     await wait_for_silence(guest, reads, mock_clock)
     for start, stop in ((4, 12), (5, 6), (11, 12), (0, 5), (11, 20)):
@@ -142,7 +142,7 @@ async def test_an_error_of_the_whole_file_is_not_looked_for_page_by_page(
 async def test_nobody_looks_for_bad_pages_once_nobody_waits(
     guest: Guest, reads: SilentReads, mock_clock: MockClock, expect_log: Callable[[str], None]
 ) -> None:
-    expect_log(r"ERROR ckptfs\.channels\.channels: .*/golden: the storage gave no answer in 10 s")
+    expect_log(r"ERROR ckptfs\.channels\.channels: .*/golden: the storage has not answered for 10 s")
     expect_log(r"ERROR ckptfs\.guest\.base: pc\.ram: pages 4 to 11 can't be read from the checkpoint: .* no answer")
     await wait_for_silence(guest, reads, mock_clock)
     os.truncate(base_of(guest).path, reads.pages_offset + 6 * PAGE)  # so that the read fails when it comes back

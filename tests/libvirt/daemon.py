@@ -124,7 +124,7 @@ class Libvirtd:
         os.close(self._pidfd)
 
     def restart(self) -> None:
-        """End it, and start it anew."""
+        """End it, and start it again."""
         self.stop()
         self.start()
 

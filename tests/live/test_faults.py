@@ -132,7 +132,7 @@ async def test_qemu_refuses_a_command(guest: Running, tmp_path: Path) -> None:
 
 
 async def test_the_connection_breaks(guest: Running, tmp_path: Path) -> None:
-    guest.mounted.expect_log("migration settings could not be put back as they were")
+    guest.mounted.expect_log("migration settings could not be restored as they were")
     async with monitored(guest, tmp_path) as server:
         for command in [*BEFORE_THE_STOP, *AFTER_THE_STOP]:
             server.faults = {command: hang_up}
@@ -158,7 +158,7 @@ async def test_qemu_is_killed(command: str, checkpoints: LiveCheckpoints, mount:
 
         server.faults = {command: kill}
         if command in ("stop", *AFTER_THE_STOP):
-            guest.mounted.expect_log("migration settings could not be put back as they were")
+            guest.mounted.expect_log("migration settings could not be restored as they were")
         await guest.fails(f"{command}: the connection to QEMU broke", errno.EPIPE)
     await assert_starts_again(guest, checkpoints.live(SMALL).guest)
 
@@ -253,7 +253,7 @@ async def test_what_is_at_the_socket_is_no_qemu(mount: Mount, tmp_path: Path) ->
                 raise HangUpError(greeting)
 
             server.faults = {"greeting": greet}
-            await save_fails("what answers there, if anything, is no QMP")
+            await save_fails("whatever answers there does not speak QMP")
         server.faults = {}
         await save_fails("QEMU refused human-monitor-command: The command human-monitor-command has not been found")
     assert mounted.ctl("save ram-only").startswith("ok")
@@ -359,7 +359,7 @@ async def test_a_guest_that_ran_and_was_migrated_by_somebody_else(guest: Running
     await guest.vm.tick()
     await guest.vm.migrate_to(tmp_path / "elsewhere")
     assert await guest.vm.run_state() == "postmigrate"
-    await guest.fails("QEMU has saved this guest while it was stopped, .*: `cont`, then save", errno.EBUSY)
+    await guest.fails("QEMU saved this guest while it was paused, .*: `cont`, then save", errno.EBUSY)
     await guest.vm.cont()
     await guest.can_be_saved()
 

@@ -82,7 +82,10 @@ def test_a_page_that_the_kernel_has_not_written_back(checkpoints: LiveCheckpoint
     mounted = mount(checkpoints.live(SMALL).path)
     with (mounted.ram / "pc.ram").open("r+b") as file, mmap.mmap(file.fileno(), 1 << 20) as ram:
         ram[0x8000] ^= 0xFF
-        with refused(mounted, "pages were written since the checkpoint"), pytest.raises(PermissionError) as caught:
+        with (
+            refused(mounted, "pages have been written since the checkpoint"),
+            pytest.raises(PermissionError) as caught,
+        ):
             (mounted.path / "vmstate").read_bytes()
     assert caught.value.errno == errno.EPERM
 
@@ -152,13 +155,13 @@ async def test_save_after_a_guest_has_run(checkpoints: LiveCheckpoints, mount: M
         first = await vm.tick()
         with pytest.raises(PermissionError, match=r"bind its QMP socket .* or say `save ram-only`, or `reset`"):
             mounted.ctl(f"save {tmp_path / 'refused'}")
-        with pytest.raises(OSError, match="holds a file in ram/ open for writing: end it first") as caught:
+        with pytest.raises(OSError, match="has a file in ram/ open for writing: stop it first") as caught:
             mounted.ctl("reset")
         assert caught.value.errno == errno.EBUSY
         await vm.tick()
     with pytest.raises(PermissionError, match="a machine has run on this RAM"):
         mounted.ctl(f"save {tmp_path / 'refused'}")
-    with refused(mounted, "pages were written since the checkpoint"):
+    with refused(mounted, "pages have been written since the checkpoint"):
         await assert_does_not_start(SMALL.on(mounted.ram, checkpoint.guest, incoming=incoming(mounted)))
     mounted.ctl("reset")
     assert_holds(mounted.ram, checkpoint.path)

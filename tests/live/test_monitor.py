@@ -106,7 +106,7 @@ async def test_no_answer(server: tuple[QmpServer, Path]) -> None:
     server[0].faults["query-migrate"] = hang
     async with connect(server[1]) as monitor:
         monitor.deadline = 0.05
-        with pytest.raises(QemuError, match=r"^query-migrate: QEMU gave no answer in 0\.05 s$"):
+        with pytest.raises(QemuError, match=r"^query-migrate: QEMU did not answer for 0\.05 s$"):
             await monitor.execute("query-migrate")
 
 
@@ -173,7 +173,7 @@ async def test_no_qemu_at_the_socket(tmp_path: Path, greeting: bytes) -> None:
             raise HangUpError(greeting)
 
         server.faults["greeting"] = fault
-        with pytest.raises(QemuError, match=r"^QMP socket .*/socket: what answers there, if anything, is no QMP$"):
+        with pytest.raises(QemuError, match=r"^QMP socket .*/socket: whatever answers there does not speak QMP$"):
             async with connect(tmp_path / "socket"):
                 pass
 
@@ -219,7 +219,7 @@ async def test_a_monitor_whose_backlog_is_full(guest_files: Guest) -> None:
                 async with connect(vm.qmp_path, deadline=0.05):
                     pass
             words.append(str(caught.value).split(": ")[1].split(";")[0])
-        assert words[-1] == "others wait there already", words
+        assert words[-1] == "others are already waiting there", words
 
 
 async def test_a_qemu_that_has_missed_a_deadline_has_less_time(
@@ -229,10 +229,10 @@ async def test_a_qemu_that_has_missed_a_deadline_has_less_time(
     server[0].faults["query-migrate"] = hang
     async with connect(server[1]) as monitor:
         monitor.deadline = 0.1
-        with pytest.raises(QemuError, match=r"^query-migrate: QEMU gave no answer in 0\.1 s$"):
+        with pytest.raises(QemuError, match=r"^query-migrate: QEMU did not answer for 0\.1 s$"):
             await monitor.execute("query-migrate")
         for command in ("cont", "closefd"):
-            with pytest.raises(QemuError, match=rf"^{command}: QEMU gave no answer in 0\.01 s$"):
+            with pytest.raises(QemuError, match=rf"^{command}: QEMU did not answer for 0\.01 s$"):
                 await monitor.execute(command)
 
 

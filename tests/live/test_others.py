@@ -336,7 +336,7 @@ def patch(ram: Path) -> None:
 
 async def test_somebody_quits(mount: Mount, stepper: Stepper, tmp_path: Path) -> None:
     async with commanded(mount, stepper, tmp_path) as both:
-        both.mounted.expect_log("settings could not be put back")
+        both.mounted.expect_log("settings could not be restored")
         failed = await both.save("migrate-continue", "quit")
         assert failed is not None
         assert failed.errno == errno.EPIPE

@@ -205,7 +205,7 @@ async def test_a_mount_of_another_machine(mount: Mount, stepper: Stepper, tmp_pa
         mounted = mount(tmp_path / "saved", f"qmp={vm.qmp_path}")
         await trio.to_thread.run_sync(mounted.ctl, "save")
         mounted.ctl(f"qmp {other.qmp_path}")
-        with pytest.raises(OSError, match=r"QEMU's RAM is not that of this mount any more \(pc.ram\)") as caught:
+        with pytest.raises(OSError, match=r"QEMU's RAM is no longer that of this mount \(pc.ram\)") as caught:
             await trio.to_thread.run_sync(mounted.ctl, "save")
         assert caught.value.errno == errno.EBUSY
         assert await other.run_state() == "running"

@@ -81,7 +81,7 @@ async def test_qemu_is_killed(way: str, mount: Mount, stepper: Stepper, tmp_path
 
             server.faults = {command: kill}
             if command in ("migrate", "query-migrate", "amid the stream"):
-                mounted.expect_log("settings could not be put back")
+                mounted.expect_log("settings could not be restored")
             if command == "amid the stream":
                 mounted.ctl("migrate_set_parameter max-bandwidth 1")
                 mounted.ctl("save nowait")

@@ -155,7 +155,7 @@ def test_bytes_below_a_clear_bit(checkpoints: LiveCheckpoints, tmp_path: Path) -
 def test_what_holds_no_machine(tmp_path: Path) -> None:
     path = tmp_path / "ram"
     MigrationFile(devices=()).write(path)
-    assert refusal(path) == f"{path}: holds RAM alone, no machine: there is nothing that could go on\n"
+    assert refusal(path) == f"{path}: contains RAM but no machine: there is nothing to run\n"
 
 
 # ---- as the checkpoint remembers ---------------------------------------------------------------------------
@@ -228,7 +228,7 @@ def test_what_a_start_touches_is_kept(remembered: Path, tmp_path: Path) -> None:
     line = process.stderr.readline()
     process.terminate()
     process.communicate()
-    assert re.fullmatch(rf"{kept}: \d+ MiB are read first from now on\n", line)
+    assert re.fullmatch(rf"{kept}: \d+ MiB will be read first from now on\n", line)
     head, *ranges = kept.read_text().splitlines()
     assert head.startswith("ckptfs working set 1 ")
     assert 0 < len(ranges) < 1000
@@ -267,7 +267,7 @@ def test_what_remembers_nothing_asks_for_arguments(checkpoints: LiveCheckpoints)
         [CKPTFS, "run", checkpoints.stock(SMALL).path], capture_output=True, text=True, timeout=60
     )
     assert ended.returncode == 2
-    assert "does not tell how its machine was started" in ended.stderr
+    assert "does not say how its machine was started" in ended.stderr
 
 
 def test_options_of_ours_behind_the_file(checkpoints: LiveCheckpoints) -> None:

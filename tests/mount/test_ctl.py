@@ -160,7 +160,7 @@ def test_an_empty_mount_is_filled(mount: Mount, tmp_path: Path) -> None:
     assert caught.value.errno == errno.ENOENT
     mounted.ctl(f"migrate_incoming file:{path}")
     assert (mounted.ram / "pc.ram").read_bytes()[3 * 4096 :].startswith(b"third")
-    with pytest.raises(OSError, match="has RAM already"):
+    with pytest.raises(OSError, match="already has RAM"):
         mounted.ctl(f"migrate_incoming file:{path}")
     mounted.ctl(f"save {tmp_path}/again")
 
@@ -221,7 +221,7 @@ def test_what_was_read_is_read_first_the_next_time(mount: Mount, tmp_path: Path)
         assert file.read()[9 << 8] == 2
     assert mounted.status()["read-pages"] < 4096
     fresh = mount(tmp_path / "new", "ram=pc.ram:1M")
-    with pytest.raises(OSError, match="no checkpoint beside which"):
+    with pytest.raises(OSError, match="mount has no checkpoint, and"):
         fresh.ctl("record")
 
 

@@ -127,7 +127,7 @@ def _assert_dead(directory: Path, spec: Path) -> None:
     assert caught.value.errno == errno.ENOTCONN
     result = run_mount(spec, directory)
     assert result.returncode == 32
-    assert f"{directory}: a dead mount is there" in result.stderr
+    assert f"{directory}: there is a dead mount" in result.stderr
 
 
 # --- a full disk ------------------------------------------------------------------------------------------
@@ -258,7 +258,7 @@ def test_a_mount_waits_for_a_save_to_its_file(
     wait_until_active(slow)
     subprocess.run(["umount", slow.path], check=True)
     result = run_mount(storage / "checkpoint", mount_point, "ro", f"log={tmp_path / 'log'}")
-    assert result.stderr == f"mount.ckptfs: {storage}/checkpoint: a save to it is running: waiting for its end\n"
+    assert result.stderr == f"mount.ckptfs: {storage}/checkpoint: a save to it is running: waiting for it to end\n"
     assert result.returncode == 0
     assert (mount_point / "ram/pc.ram").read_bytes() == ram
     subprocess.run(["umount", mount_point], check=True)

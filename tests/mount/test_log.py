@@ -120,9 +120,9 @@ def test_a_log_that_can_not_be_opened_again_goes_on(mount: Mount, tmp_path: Path
     mounted = mount(tmp_path / "checkpoint", "ram=pc.ram:1M", log=folder / "log")
     moved = folder.rename(tmp_path / "moved")
     mounted.log = moved / "log"
-    mounted.expect_log(f"the log can't be opened again, and goes on where it was: {folder}/log: No such file")
+    mounted.expect_log(f"the log can't be reopened, and continues where it was: {folder}/log: No such file")
     mounted.signal(signal.SIGHUP)
-    wait_for_line(moved / "log", "can't be opened again")
+    wait_for_line(moved / "log", "can't be reopened")
     mounted.ctl("stop")
     assert "ctl: stop" in (moved / "log").read_text()
 
@@ -134,9 +134,9 @@ def test_a_log_that_the_mount_has_hidden_is_not_looked_for_on_it(tmp_path: Path,
     os.link(tmp_path / "log", path / "status")
     mounted = mount(tmp_path / "checkpoint", "ram=pc.ram:1M", path=path, log=path / "status")
     mounted.log = tmp_path / "log"
-    mounted.expect_log(f"goes on where it was: {path}/status: ")
+    mounted.expect_log(f"continues where it was: {path}/status: ")
     mounted.signal(signal.SIGHUP)
-    wait_for_line(mounted.log, "can't be opened again")
+    wait_for_line(mounted.log, "can't be reopened")
     assert mounted.ctl("stop").startswith("ok ")
 
 

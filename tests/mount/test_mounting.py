@@ -120,7 +120,7 @@ def test_a_mount_on_a_mount(mount: Mount, checkpoint: Path, tmp_path: Path) -> N
         result = run_mount(checkpoint, directory)
         assert result.returncode == 32
         assert result.stderr == (
-            f"mount.ckptfs: {directory}: ckptfs is mounted there already; `umount {directory}` first\n"
+            f"mount.ckptfs: {directory}: ckptfs is already mounted there; `umount {directory}` first\n"
         )
 
 

@@ -63,7 +63,7 @@ def test_o_trunc_as_soon_as_a_reader_has_closed(fresh: Mounted) -> None:
 def test_a_writer_that_is_there_is_not_waited_for_for_long(incoming: Mounted) -> None:
     with (incoming.ram / "pc.ram").open("r+b") as file:
         shared = mmap.mmap(file.fileno(), MiB)
-    with pytest.raises(OSError, match="holds a file in ram/ open for writing: end it first") as caught:
+    with pytest.raises(OSError, match="has a file in ram/ open for writing: stop it first") as caught:
         incoming.ctl("reset")  # it is closed, but mapped
     assert caught.value.errno == errno.EBUSY
     shared.close()

@@ -91,9 +91,7 @@ def alarms(mounted: Mounted) -> list[str]:
 def test_a_read_fails_by_the_one_deadline_and_works_when_the_storage_is_back(
     mounted: Mounted, storage: Bindfs, how: str
 ) -> None:
-    mounted.expect_log(
-        "ERROR: .*/checkpoint: the storage gave no answer in 2 s: until it does, what needs it fails"
-    )
+    mounted.expect_log("ERROR: .*/checkpoint: the storage has not answered for 2 s: whatever needs it fails")
     mounted.expect_log(
         "ERROR: pc.ram: pages [0-9]* to [0-9]* can't be read from the checkpoint: .* no answer in 2 s"
     )

@@ -72,7 +72,7 @@ def test_a_file_that_holds_data_is_not_emptied(saved: bool, fresh: Mounted, tmp_
     if saved:
         fresh.ctl("save")
     (tmp_path / "other").write_bytes(b"x" * MiB)
-    fresh.expect_log(r"O_TRUNC was refused to process \d+: pc\.ram: holds data.*conv=notrunc")
+    fresh.expect_log(r"O_TRUNC was refused to process \d+: pc\.ram: contains data.*conv=notrunc")
     for command in ("cp other", "echo >", "dd status=none if=other of="):
         result = shell(f"{command} {fresh.ram}/pc.ram".replace("= ", "="), tmp_path)
         assert "Operation not permitted" in result.stderr

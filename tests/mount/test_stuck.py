@@ -84,7 +84,7 @@ def test_a_save_ends_with_words_and_everything_else_is_answered(stuck: Callable[
             assert error.value.errno == errno.EBUSY
         assert mounted.ctl("info migrate_parameters")
         assert writer.poll() is None
-        mounted.expect_log("the kernel does not return from the mount")
+        mounted.expect_log("the kernel does not let go of the mount")
         mounted.signal(signal.SIGTERM)
         assert mounted.wait() == 0
 
@@ -95,7 +95,7 @@ def test_such_a_save_can_be_cancelled(stuck: Callable[[float], Mounted]) -> None
         begin_a_save(mounted)
         assert mounted.ctl("info migrate_parameters")
         assert mounted.ctl("cancel") == "ok save cancelled"
-        mounted.expect_log("the kernel does not return from the mount")
+        mounted.expect_log("the kernel does not let go of the mount")
         mounted.signal(signal.SIGTERM)
         assert mounted.wait() == 0
 
@@ -107,7 +107,7 @@ def test_a_signal_during_such_a_save_ends_the_mount(
     mounted = stuck(600)
     with program(READER, mounted) as reader, program(WRITER, mounted) as writer, program(MAPPER, mounted):
         begin_a_save(mounted)
-        mounted.expect_log("the kernel does not return from the mount")
+        mounted.expect_log("the kernel does not let go of the mount")
         mounted.signal(number)
         assert mounted.wait() == 0
         assert not is_mounted(mounted.path)

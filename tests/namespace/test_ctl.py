@@ -127,9 +127,9 @@ migrate file:migfile
     [
         (b"", "an empty command: 'help' lists all"),
         (b" \n", "an empty command: 'help' lists all"),
-        (b"save\nsave\n", "one command a write: this one has several lines, write them one by one"),
-        (b"save\0", "a command holds no NUL byte"),
-        (b"save /\xff", "a command is UTF-8 text: byte 6 is not"),
+        (b"save\nsave\n", "one command per write: this has several lines, write them one by one"),
+        (b"save\0", "a command can't contain a NUL byte"),
+        (b"save /\xff", "a command has to be UTF-8 text: byte 6 is not"),
         (b"save " + b"/" * 4092, "a command is at most 4096 bytes, not 4097"),
         (b"sav", "unknown command 'sav' (did you mean 'save'?): 'help' lists all"),
         (b"SAVE", "unknown command 'SAVE' (did you mean 'save'?): 'help' lists all"),

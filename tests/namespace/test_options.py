@@ -128,13 +128,12 @@ def test_what_is_for_mount_is_ignored(text: str) -> None:
         ("gid=٣", "mount option 'gid=٣': expects a name, or a number below 4294967295"),
         (
             "ram=pc.ram:0",
-            "mount option 'ram=pc.ram:0': a block without any bytes holds nothing: give it a size, as in "
-            "ram=pc.ram:1G",
+            "mount option 'ram=pc.ram:0': a block can't be empty: give it a size, as in ram=pc.ram:1G",
         ),
         (
             "rw,relatime,user_id=0,remount,ro",
             "mount option 'remount': a mount can't be remounted: write to its ctl, parameters/ and capabilities/ "
-            "instead, or `umount` it and mount it anew",
+            "instead, or `umount` it and mount it again",
         ),
         (
             "uuid={550e8400-e29b-41d4-a716-446655440000}",
@@ -147,12 +146,12 @@ def test_what_is_for_mount_is_ignored(text: str) -> None:
         ("fd=5", "mount option 'fd=5': expects NAME:FD, as in fd=checkpoint:5"),
         (
             "ram=pc.ram:1M,shared=pc.ram:/x",
-            "mount option 'shared=pc.ram:/x': it names RAM that a checkpoint leaves out, and a new guest (ram=) has"
-            " no checkpoint: give one of the two",
+            "mount option 'shared=pc.ram:/x': it names RAM that a checkpoint leaves out, but a new guest (ram=)"
+            " has no checkpoint: use one of the two",
         ),
         (
             "ram=pc.ram:1M,ro",
-            "mount option 'ro': a new guest (ram=) could be neither written nor saved: leave out ro",
+            "mount option 'ro': nobody could write to a new guest (ram=), or save it: leave out ro",
         ),
         (
             "shared=pc.ram:x",

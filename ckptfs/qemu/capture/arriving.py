@@ -127,7 +127,7 @@ class _Precopy(Arriving):
                 continue
             log.info(
                 "precopy: the guest dirties RAM as fast as it is sent (%d rounds, the last of %d MiB): "
-                "it is stopped for what is left",
+                "it is paused for the rest",
                 len(self._rounds),
                 self._rounds[-2] >> 20,
             )

@@ -138,7 +138,7 @@ async def _put_back(setting: Awaitable[None]) -> None:
     try:
         await setting
     except QemuError as error:
-        log.warning("QEMU's migration settings could not be put back as they were: %s", error)
+        log.warning("QEMU's migration settings could not be restored: %s", error)
 
 
 async def _capabilities(monitor: "Monitor") -> dict[str, bool]:
@@ -189,7 +189,7 @@ class Incoming:
         if monitor.lost:
             raise QemuError("migrate: the connection to QEMU broke", errno.EPIPE)
         if len(monitor.events) == heard:
-            raise QemuError(f"migrate: nothing came from QEMU in {monitor.deadline:g} s", errno.ETIMEDOUT)
+            raise QemuError(f"migrate: QEMU sent nothing for {monitor.deadline:g} s", errno.ETIMEDOUT)
         return b""
 
     def _rest(self) -> bytes:
