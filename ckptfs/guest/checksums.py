@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from ckptfs.guest.block import PageStack
 from ckptfs.mapped_ram.bitmap import PagesBitmap
-from ckptfs.mapped_ram.checksums import UNKNOWN, Checksums
+from ckptfs.mapped_ram.checksums import UNKNOWN, Checksums, sums_of
 from ckptfs.mapped_ram.ramblock import RAMBlock
 from ckptfs.mapped_ram.trailer import Trailer
 
@@ -58,14 +58,17 @@ class Summing:
         sums = self._sums.windows[idstr]
         length = self._sums.window_length
         first = start // self.width
-        wanted = sums[first : first + -(-len(data) // length)] == UNKNOWN
+        places = sums[first : first + -(-len(data) // length)]
+        if whole is None and not places.any():
+            places[:] = sums_of(data, length)
+            return
+        wanted = places == UNKNOWN
         if whole is not None:
             wanted &= (
                 np.pad(whole, (0, -whole.size % self.width), constant_values=True).reshape(-1, self.width).all(1)
             )
         for window in np.flatnonzero(wanted).tolist():
-            part = data[window * length : (window + 1) * length]
-            sums[first + window] = next(self._sums.sums_of(part))
+            (places[window],) = sums_of(data[window * length : (window + 1) * length], length)
 
     def in_trailer(self, trailer: Trailer) -> Trailer:
         """``trailer`` with these checksums, if there is room for them."""

@@ -329,8 +329,7 @@ class _Writer:
     def _write_pages(self, channel: Channel, window: Window, data: npt.NDArray[np.uint8]) -> int:
         """Write the pages of a window that are not zero and mark them; return how many."""
         block, page_size, mask = self._blocks[window.idstr], self.page_size, window.mask
-        shared = block.file_bmap.expand(window.start, window.stop).view(np.bool_)
-        self._summing.note(window.idstr, window.start, data.data, ~shared | window.with_data)
+        self._summing.note(window.idstr, window.start, data.data, self._whole(window))
         if self._detect_zero_pages:
             mask = mask & nonzero_pages(data, page_size)
         for start, stop in coalesce(mask):
@@ -338,6 +337,13 @@ class _Writer:
             channel.pwritev_all([data[start * page_size : stop * page_size].data], file_offset)
         block.file_bmap.set_mask(window.start, mask)
         return int(mask.sum())
+
+    def _whole(self, window: Window) -> npt.NDArray[np.bool_] | None:
+        """For each page whether what was read has its content: what is shared may be in the file alone."""
+        file_bmap = self._blocks[window.idstr].file_bmap
+        if not file_bmap.any(window.start, window.stop):
+            return None
+        return file_bmap.expand(window.start, window.stop).view(np.bool_) <= window.with_data
 
 
 def window_in_memory(

@@ -7,7 +7,7 @@ They guard against damage, not against people.
 """
 
 import struct
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -117,15 +117,10 @@ class Checksums:
         width = self.width(page_size)
         first = run.start // width
         wrong = []
-        for window, found in enumerate(self.sums_of(data), first):
+        for window, found in enumerate(sums_of(data, self.window_length), first):
             if sums[window] not in (UNKNOWN, found):
                 wrong.append(Run(window * width, min((window + 1) * width, run.stop)))
         return wrong
-
-    def sums_of(self, data: memoryview) -> Iterator[int]:
-        """The checksums of windows that hold ``data``; the last may be shorter than the others."""
-        for start in range(0, len(data), self.window_length):
-            yield checksum(data[start : start + self.window_length])
 
     def known(self, idstrs: Collection[str]) -> tuple[int, int]:
         """How many windows of these blocks have a checksum, and how many there are."""
@@ -179,6 +174,11 @@ def wrong_parts(source: Source, checkpoint: Checkpoint, trailer: Trailer) -> lis
         for part, former, data in zip(parts, sums, contents, strict=True)
         if checksum(memoryview(data)) != former
     ]
+
+
+def sums_of(data: memoryview, window_length: int) -> list[int]:
+    """The checksums of windows that hold ``data``; the last may be shorter than the others."""
+    return [checksum(data[start : start + window_length]) for start in range(0, len(data), window_length)]
 
 
 def checksum(data: memoryview) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ckptfs.migration.size import parse_size
-from tests.benchmarks import captures, daemon, machines, storage
+from tests.benchmarks import captures, checksums, daemon, machines, storage
 from tests.benchmarks.rows import MiB, Row, heading
 from tests.benchmarks.setting import Setting
 from tests.mount.harness import adopt_orphans
@@ -19,6 +19,7 @@ BENCHMARKS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "read": storage.read,
     "random": storage.random,
     "restore": storage.restore,
+    "checksums": checksums.checksums,
     "mount": storage.mount,
     "live": machines.live,
     "running": machines.running,
