@@ -45,7 +45,9 @@ class Migration:
 
     def advance(self, status: MigrationStatus) -> None:
         """Go on to ``status``; the transition table decides whether that is a step."""
-        self.status = next_status(self.status, status)
+        former, self.status = self.status, next_status(self.status, status)
+        if self.status is former:
+            return
         now = trio.current_time()
         if status is MigrationStatus.SETUP:
             self.started = now

@@ -50,7 +50,12 @@ TRANSITIONS: dict[MigrationStatus, frozenset[MigrationStatus]] = {
 
 
 def next_status(old: MigrationStatus, new: MigrationStatus) -> MigrationStatus:
-    """Return ``new`` if it may follow ``old``; raises StateError, a fault of ours, otherwise."""
+    """Return ``new`` if it may follow ``old``; raises StateError, a fault of ours, otherwise.
+
+    What is being cancelled stays so when it takes another step before it notices.
+    """
+    if old is _S.CANCELLING and new in RUNNING:
+        return old
     if new not in TRANSITIONS.get(old, ()):
         raise StateError(f"migration status cannot go from '{old}' to '{new}'")
     return new
