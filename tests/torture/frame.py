@@ -77,10 +77,13 @@ class Round:
         return outcome[0]
 
     def look_into_log(self, path: Path) -> None:
-        """Count tracebacks, and lines of a daemon's log that are errors."""
-        for line in path.read_text().splitlines():
+        """Count tracebacks, and lines of a daemon's log that are errors; after a fault, note its end."""
+        lines = path.read_text().splitlines()
+        for line in lines:
             if line.startswith("Traceback") or ": ERROR: " in line:
                 self.count("tracebacks", line)
+        if any(self.counts[fault] for fault in FAULTS):
+            self.notes.append("\n".join(["the log ends with:", *lines[-40:]]))
 
 
 Torture = Callable[[Round], None]
