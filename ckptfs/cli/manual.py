@@ -43,7 +43,7 @@ EXITS = (
     (0, "Done."),
     (
         ckptfs.EXIT_FAILED,
-        "What was examined or asked for has failed, or was cancelled; the standard error says why.",
+        "What you asked for failed or was cancelled, or what was examined is not sound. Standard error says why.",
     ),
     (ckptfs.EXIT_USAGE, "Wrong usage."),
 )
@@ -59,38 +59,41 @@ def mount_page() -> Page:
     )
     page.section("DESCRIPTION")
     page.text(
-        "Mounts a guest's RAM on the directory DIR, where ckptfs(5) tells what there is to see. SPEC is what lies"
-        " behind it, as a device lies behind a file system:"
+        "Mounts a guest's RAM on the directory DIR; ckptfs(5) describes the files there. SPEC is the storage"
+        " behind it, as a device is the storage behind a file system:"
     )
     page.item(
         "PATH or `file:`PATH[`,offset=`SIZE]",
-        "A checkpoint: a file in QEMU's mapped-ram migration format. Its RAM is restored lazily: pages are read"
-        " when somebody touches them. `save` replaces the file once the new checkpoint is complete.",
-        "If there is no such file, `-o ram=` makes a new guest of zeros, and `-o qmp=` saves a machine whose RAM"
-        " is its own; the first `save` creates the file. Otherwise the mount is refused.",
+        "A checkpoint: a file in QEMU's mapped-ram migration format. Its RAM is restored lazily: a page is read"
+        " when somebody touches it. `save` replaces the file once the new checkpoint is complete.",
+        "If there is no such file, `-o ram=` makes a new guest whose RAM is zeros, and `-o qmp=` is for a running"
+        " machine that has its own RAM. The first `save` creates the file. Without either option the mount is"
+        " refused.",
     )
     page.item(
         "`none`",
-        "Nothing. `save` needs a target; `migrate_incoming` fills the mount, as with QEMU's `-incoming defer`.",
+        "No storage. `save` needs a target, and `migrate_incoming` fills the mount, as with QEMU's `-incoming"
+        " defer`.",
     )
     page.text(
-        "`umount` DIR ends the daemon, and drops what was not saved: `ckptfs umount` says how much, and saves"
-        " first with `--save`. If the daemon dies, the mount point stays dead (ENOTCONN) until it is unmounted;"
-        " it never turns into an empty directory. Root is not needed: fusermount3 mounts for others."
+        "`umount` DIR ends the daemon and drops what was not saved. `ckptfs umount` says how much that is, and"
+        " saves first if you add `--save`. If the daemon dies, the mount point stays dead (ENOTCONN) until it is"
+        " unmounted; it never turns into an empty directory. You need not be root: fusermount3 mounts for other"
+        " users."
     )
     page.section("OPTIONS")
     _arguments(page, _actions(mount.parser()))
     page.section("MOUNT OPTIONS")
     page.text(
-        "In names, `_` and `-` are the same. A comma in a value is written `\\,`. Of an option that is given"
-        " twice, the last one counts, unless it can be repeated."
+        "In names, `_` and `-` are the same. Write `\\,` for a comma in a value. If an option is given twice, the"
+        " last one counts, unless the option can be repeated."
     )
     for option in OPTIONS:
         page.item(f"`{option.name}`" + (f"`=`{option.value}" if option.value else ""), option.meaning)
     page.subsection("Migration parameters and capabilities")
     page.text(
-        "All of them are mount options, too: `multifd_channels=8`, `max_bandwidth=100M`, `direct_io=off`."
-        " ckptfs(5) lists them. Here bandwidths count in bytes a second."
+        "These are mount options, too, as in `multifd_channels=8`, `max_bandwidth=100M` or `direct_io=off`."
+        " ckptfs(5) explains them. Bandwidths are in bytes per second."
     )
     page.item("`" + "=`VALUE, `".join(_option_names(PARAMETERS)) + "=`VALUE", "The first value of the parameter.")
     page.item(
@@ -101,8 +104,8 @@ def mount_page() -> Page:
         "`_netdev`, `nofail`, `noauto`, `user`, `x-systemd.automount` and their like are accepted and ignored."
     )
     page.section("SIGNALS")
-    page.item("SIGTERM, SIGINT", "End the daemon and the mount. A running save is cancelled.")
-    page.item("SIGHUP", "Open the log again (for logrotate).")
+    page.item("SIGTERM, SIGINT", "End the mount and its daemon. A running save is cancelled.")
+    page.item("SIGHUP", "Reopen the log (for logrotate).")
     _exits(page, MOUNT_EXITS)
     page.section("FILES")
     page.item("`/sbin/mount.ckptfs`, `/sbin/mount.fuse.ckptfs`", "The helper that mount(8) runs.")
@@ -113,8 +116,8 @@ def mount_page() -> Page:
     page.section("EXAMPLES")
     page.text("A new guest of 1 GiB, and a line for /etc/fstab that mounts a checkpoint at boot:")
     page.example(
-        "mount.ckptfs /ckpt/vm1 /mnt/vm1 -o ram=pc.ram:1G,qmp=/run/vm1.qmp\n/ckpt/vm2  /mnt/vm2  ckptfs  nofail "
-        " 0 0"
+        "mount.ckptfs /ckpt/vm1 /mnt/vm1 -o ram=pc.ram:1G,qmp=/run/vm1.qmp\n"
+        "/ckpt/vm2  /mnt/vm2  ckptfs  nofail  0 0"
     )
     _see_also(page, "ckptfs(1)", "ckptfs(5)", "mount(8)", "umount(8)", "fstab(5)", "fusermount3(1)")
     return page
@@ -127,9 +130,10 @@ def commands_page() -> Page:
     page.text("`ckptfs` COMMAND [ARGUMENT...]", "`ckptfs --version`", "`ckptfs` COMMAND `--help`")
     page.section("DESCRIPTION")
     page.text(
-        "The tool beside the mount that mount.ckptfs(8) makes. Whatever can be written to a mount's `ctl`"
-        " (ckptfs(5)), it does with progress on a terminal; and what needs no mount. While it waits, it can be"
-        " interrupted and killed at any time.",
+        "Saves, restores and examines the memory of virtual machines. For a guest that is mounted"
+        " (mount.ckptfs(8)), it does whatever you can write to the mount's `ctl` (ckptfs(5)), with progress on a"
+        " terminal. Other commands work on a checkpoint file or a running QEMU, without a mount. You can"
+        " interrupt or kill a command at any time.",
     )
     page.section("COMMANDS")
     for command in COMMANDS:
@@ -138,27 +142,28 @@ def commands_page() -> Page:
         _arguments(page, command.arguments)
     page.section("OUTPUT")
     page.text(
-        "The answer goes to the standard output; progress and errors go to the standard error: a bar if that is a"
-        " terminal, otherwise a line for every tenth. With `--json`, progress and answer are JSON objects on the"
-        " standard output, one a line; `--quiet` leaves errors alone.",
+        "The answer goes to standard output, progress and errors go to standard error: a bar if that is a terminal,"
+        " otherwise a line for every tenth. With `--json`, progress and answer are JSON objects on standard"
+        " output, one per line. With `--quiet`, only errors are printed.",
     )
     page.section("SIGNALS")
     page.item(
         "SIGINT (Ctrl-C), SIGTERM",
-        "`save`, `restore`, `prefetch` and `umount --save` cancel what they have begun, and wait until it has"
-        " ended: the guest runs on, the former checkpoint is whole, and nothing is left of the new one. The exit"
-        " code is 1. A second signal ends the waiting. All other commands just end.",
+        "`save`, `restore`, `prefetch` and `umount --save` cancel what they have started, and wait until it has"
+        " ended. The guest runs on, the former checkpoint is intact, and nothing is left of the new one. The exit"
+        " code is 1. A second signal ends the waiting. All other commands simply end.",
     )
     page.item(
         "SIGKILL, SIGHUP",
-        "The command ends, and what it began on a mount goes on: `ckptfs wait` waits for it. `save --qmp`, which"
-        " has no mount, leaves at most a temporary file, which the next save to the same place removes.",
+        "The command ends. What it started on a mount goes on, and `ckptfs wait` waits for it. `save --qmp` has"
+        " no mount: SIGHUP cancels it, and SIGKILL leaves at most a temporary file, which the next save to the"
+        " same place removes.",
     )
     _exits(page, EXITS)
     page.section("EXAMPLES")
-    page.text("Save a machine that is running, wherever its memory is, and let three clones of it run:")
+    page.text("Save a running machine, wherever its memory is, and run three clones of it:")
     page.example("ckptfs save --qmp /run/vm1.qmp /ckpt/vm1\nckptfs run --count 3 /ckpt/vm1")
-    page.text("Save what is mounted, see what was saved, unmount:")
+    page.text("Save a mount, look at the checkpoint, unmount:")
     page.example("ckptfs save /mnt/vm1\nckptfs info /ckpt/vm1\nckptfs umount /mnt/vm1")
     _see_also(page, "mount.ckptfs(8)", "ckptfs(5)", "qemu-system-x86_64(1)")
     return page
@@ -169,10 +174,10 @@ def tree_page() -> Page:
     page = _page("ckptfs", 5, "the files of a mounted virtual machine's memory")
     page.section("DESCRIPTION")
     page.text(
-        "What there is below DIR once mount.ckptfs(8) has mounted a guest there. NAME is QEMU's name of a RAM"
+        "These files are below DIR once mount.ckptfs(8) has mounted a guest there. NAME is QEMU's name of a RAM"
         " block, with `/`, `%` and a leading `.` percent-encoded (`%2From@etc%2Facpi%2Ftables`). RAM is full of"
-        " secrets: files belong to whoever mounted them, and nobody else can read them, unless mount options say"
-        " otherwise."
+        " secrets, so the files belong to whoever mounted them, and nobody else can read them, unless mount"
+        " options say otherwise."
     )
     for path, access, meaning in FILES:
         page.item(f"`{path}` ({access})", meaning)
@@ -183,8 +188,8 @@ def tree_page() -> Page:
         page.item(", ".join(usages), grammar.meaning)
     page.section("STATUS")
     page.text(
-        "All keys are always there, in this order. What is not known, or does not exist, is `none`; yes and no"
-        " are `yes` and `no`. In `status.json` they are null, true and false, and numbers are numbers."
+        "All keys are always present, in this order. A value that is unknown or does not exist is `none`. In"
+        " `status.json`, `none` is null, and `yes` and `no` are true and false."
     )
     for key in KEYS:
         _key(page, key.name, key.unit, key.meaning)
@@ -200,29 +205,29 @@ def tree_page() -> Page:
         _key(page, block_key.name, block_key.unit, block_key.meaning)
     page.section("EVENTS")
     page.text(
-        "A line is an event in QMP's form: `timestamp`, `event` and `data`. A read returns what there is, and never"
-        " waits. To follow a mount from a shell:",
+        "Each line is an event in QMP's form: `timestamp`, `event` and `data`. A read never waits; it returns"
+        " what has happened since the last one. To follow a mount from a shell:",
         "    tail -f DIR/events",
     )
     for event in EVENTS:
         page.item(f"`{event.name}` (data: `{event.member}`)", event.meaning)
     page.section("PARAMETERS")
     page.text(
-        "QEMU's migration parameters, by its names. Those that do nothing here can be set all the same, for"
-        " scripts that are written for QEMU."
+        "QEMU's migration parameters, under QEMU's names. You can set those without effect, too, so that scripts"
+        " for QEMU work."
     )
     for parameter in PARAMETERS.values():
         page.item(f"`{parameter.name}` {_default(parameter)}", _meaning(parameter))
     page.section("CAPABILITIES")
-    page.text("QEMU's migration capabilities, by its names.")
+    page.text("QEMU's migration capabilities, under QEMU's names.")
     for capability in CAPABILITIES.values():
         page.item(f"`{capability.name}` (default: {format_state(capability.default)})", _meaning(capability))
     page.section("PAGES")
-    page.text("Each byte of `pages/NAME` says how a page stands:")
+    page.text("Each byte of `pages/NAME` is the state of one page:")
     for state, meaning in PAGE_STATES.items():
         page.item(f"`{state.value}`", meaning)
     page.section("VIEWS")
-    page.text("They show the checkpoint; once RAM was written, reading memory in them fails with EPERM.")
+    page.text("Views show the checkpoint. Once RAM has been written, reading memory in them fails with EPERM.")
     for name, make in MAKERS.items():
         page.item(f"`{name}`", " ".join((make.__doc__ or "").split("\n\n")[0].split()))
     page.section("EXTENDED ATTRIBUTES")

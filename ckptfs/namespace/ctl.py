@@ -519,17 +519,17 @@ _ONLY_QEMUS = {
 """What else a user of QEMU's monitor might try, and what to know or to do instead."""
 
 INTRODUCTION = (
-    "One command a write; `write` returns when the command has ended. If it fails, so does the write: EINVAL"
-    " (unknown or malformed command), EBUSY (a migration is running), ECANCELED (after `cancel`), EPERM (a"
-    " read-only mount), ESTALE (the mounted file is not the one that this mount knows), or what the storage said."
-    " The words behind the errno are read from the same open file:",
+    "Write one command at a time. The write returns when the command has ended. If the command fails, so does the"
+    " write: EINVAL (unknown or malformed command), EBUSY (a migration is running), ECANCELED (after `cancel`),"
+    " EPERM (a read-only mount), ESTALE (the mounted file is not the one that this mount knows), or what the"
+    " storage said. Read the full answer from the same open file:",
     "    exec 3<>ctl; echo save >&3; cat <&3",
-    "A program that must not wait inside a write opens ctl with O_NONBLOCK: the write takes the command and returns"
-    " at once, and poll(2) tells (POLLIN) when the answer can be read, `ok ...` or `error: ...`. Until then read"
-    " and write fail with EAGAIN. The command goes on when the file is closed. `ckptfs save` and its like work"
-    " this way.",
-    'Words are separated by spaces and quoted as in a shell: `save "/ckpt/my vm"`. SIZE, START and LENGTH are'
-    " written"
-    " as in QEMU: `4096`, `0x1000`, `4k`, `1.5G`.",
+    "A process inside that write can't be interrupted or killed. A program that must not wait there opens ctl"
+    " with O_NONBLOCK: the write returns at once, and poll(2) reports POLLIN when the answer can be read, `ok"
+    " ...` or `error: ...`. Until then, read and write fail with EAGAIN. The command goes on if the file is"
+    " closed. `ckptfs save` works this way.",
+    'Separate words with spaces, and quote them as in a shell: `save "/ckpt/my vm"`. Write SIZE, START and LENGTH'
+    " as in"
+    " QEMU: `4096`, `0x1000`, `4k`, `1.5G`.",
 )
 """What there is to know of all commands: paragraphs, of which the indented one is a line for a shell."""

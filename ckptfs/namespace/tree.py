@@ -103,28 +103,30 @@ _FIXED = [
 
 FILES = (
     ("ctl", "rw", "Commands: write one, read its answer."),
-    ("status", "r", "How the mount stands, a line `KEY VALUE` each. poll(2) tells (POLLPRI) when it has changed."),
+    ("status", "r", "The state of the mount, in lines `KEY VALUE`. poll(2) reports changes (POLLPRI)."),
     ("status.json", "r", "The same as JSON, and each block by itself."),
     (
         "events",
         "r",
-        "What happens from the moment of the open on, a line each. `tail -f` follows it, and so does poll(2).",
+        "What happens from the moment when the file is opened, one line per event. Follow it with `tail -f` or"
+        " poll(2).",
     ),
-    ("vmstate", "r", "What QEMU's `-incoming file:` takes, where the checkpoint is that of a machine."),
+    ("vmstate", "r", "The stream for QEMU's `-incoming file:`, if the checkpoint is of a machine."),
     (
         "ram/NAME",
         "rw",
-        "A RAM block: its size is the block's, and st_blocks what is stored of it. Works with read, write, mmap"
-        " (private and shared), fsync and O_DIRECT. What is written is the guest's own until a save: the checkpoint"
-        " that it came from never changes. In a new guest, `truncate -s 1G DIR/ram/pc.ram` makes a block.",
+        "A RAM block. The file has the size of the block, and st_blocks says how much is stored. Use it with"
+        " read, write, mmap (private and shared), fsync and O_DIRECT. Writes never change the checkpoint that the"
+        " RAM came from; `save` writes a new one. In a new guest, `truncate -s 1G DIR/ram/pc.ram` makes a block.",
     ),
-    ("pages/NAME", "r", "How its pages stand, one byte a page."),
-    ("parameters/NAME", "rw", "A migration parameter: its value. Bandwidths count in bytes a second."),
+    ("pages/NAME", "r", "The state of its pages, one byte per page."),
+    ("parameters/NAME", "rw", "The value of a migration parameter. Bandwidths are in bytes per second."),
     ("capabilities/NAME", "rw", "A migration capability: `on` or `off`."),
     (
         "views/NAME",
         "r",
-        "The checkpoint's memory as debuggers open it, as far as it can be made (`views-missing` in `status`).",
+        "The checkpoint's memory in the forms that debuggers open. What can't be made is missing (`views-missing`"
+        " in `status`).",
     ),
 )
 """What a user sees, in the order of the manual: path, access, and what it is. Directories are for all of their"
