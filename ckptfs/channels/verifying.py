@@ -16,8 +16,8 @@ import numpy.typing as npt
 from ckptfs.channels.backing_file import FileSource
 from ckptfs.channels.opened import Opened
 from ckptfs.errors import CkptfsError
-from ckptfs.mapped_ram.bitmap import PagesBitmap, Run
-from ckptfs.mapped_ram.checksums import UNKNOWN, Checksums, checksums_in, wrong_parts
+from ckptfs.mapped_ram.bitmap import Run
+from ckptfs.mapped_ram.checksums import UNKNOWN, ZEROS, Checksums, checksums_in, wrong_parts
 from ckptfs.mapped_ram.ramblock import RAMBlock
 from ckptfs.migration.outgoing import coalesce
 
@@ -72,8 +72,9 @@ def _verify_pages(opened: Opened, blocks: Mapping[str, RAMBlock], checksums: Che
         has_data = file_bmap.any_of_each(width)
         sums = checksums.windows.get(idstr)
         if sums is None:
-            sums = np.zeros(has_data.size, np.uint32)
-        verified.findings += _lost(block, file_bmap, checksums, sums, ~has_data)
+            sums = np.full(has_data.size, UNKNOWN, np.uint32)
+        lost = ~has_data & (sums != ZEROS) & (sums != UNKNOWN)
+        verified.findings += _lost(block, lost, width)
         verified.windows += int(has_data.sum())
         verified.unknown += int((has_data & (sums == UNKNOWN)).sum())
         runs += ((block, run) for run in _pieces(has_data & (sums != UNKNOWN), width, file_bmap.page_count, block))
@@ -125,16 +126,8 @@ def _unreadable(opened: Opened, block: RAMBlock, run: Run) -> Iterator[Finding]:
             yield Finding(block.idstr, page, page + 1, problem)
 
 
-def _lost(
-    block: RAMBlock,
-    file_bmap: PagesBitmap,
-    checksums: Checksums,
-    sums: npt.NDArray[np.uint32],
-    empty: npt.NDArray[np.bool_],
-) -> Iterator[Finding]:
+def _lost(block: RAMBlock, windows: npt.NDArray[np.bool_], width: int) -> Iterator[Finding]:
     """Windows that have no data now, and had some when they were saved."""
-    zeros = Checksums.of_zeros({block.idstr: block.used_length}, checksums.window_length).windows[block.idstr]
-    width = checksums.width(block.page_size)
-    for start, stop in coalesce(empty & (sums != zeros) & (sums != UNKNOWN)):
-        pages = Run(start * width, min(stop * width, file_bmap.page_count))
+    for start, stop in coalesce(windows):
+        pages = Run(start * width, min(stop * width, block.page_count))
         yield Finding(block.idstr, *pages, "hold no data, and held some when they were saved")

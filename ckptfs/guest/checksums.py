@@ -39,10 +39,11 @@ class Summing:
         former = None if base is None or stack.base is None else base.windows.get(idstr)
         if base is None or former is None or base.window_length != self._sums.window_length:
             return
-        holds = former != UNKNOWN
+        sums = self._sums.windows[idstr]
+        holds = (former != UNKNOWN) & (former != sums)
         for layer in stack.written:
             holds &= ~layer.present.any_of_each(self.width)
-        np.copyto(self._sums.windows[idstr], former, where=holds)
+        np.copyto(sums, former, where=holds)
 
     def unknown(self, idstr: str, start: int, stop: int) -> npt.NDArray[np.bool_]:
         """Of each page of some windows whether its window is not known yet."""
@@ -59,10 +60,10 @@ class Summing:
         length = self._sums.window_length
         first = start // self.width
         places = sums[first : first + -(-len(data) // length)]
-        if whole is None and not places.any():
+        wanted = places == UNKNOWN
+        if whole is None and wanted.all():
             places[:] = sums_of(data, length)
             return
-        wanted = places == UNKNOWN
         if whole is not None:
             wanted &= (
                 np.pad(whole, (0, -whole.size % self.width), constant_values=True).reshape(-1, self.width).all(1)

@@ -24,8 +24,8 @@ from ckptfs.mapped_ram.trailer import Depends, Entry, Trailer
 
 NAME = "checksums"
 STREAM_NAME = "stream"
-UNKNOWN = 0
-"""In the place of a checksum: there is none of this window."""
+ZEROS, UNKNOWN = 0, 1
+"""In the place of a checksum: all of this window is zeros; there is no checksum of it."""
 
 MIN_WINDOW_LENGTH = 64 << 10
 """Bytes: what a page that changes, or is read alone, has read with it."""
@@ -34,16 +34,21 @@ MAX_WINDOW_LENGTH = 1 << 20
 _MAX_WINDOWS = 8 << 20
 """Of all blocks, while windows can still be longer: 32 MiB of checksums."""
 
+_MAX_BLOCKS = 4096
+
 _HASH = b"XXH3"
 _HEADER = struct.Struct(">4sII")
-_BLOCK = struct.Struct(">BQ")
+_BLOCK = struct.Struct(">BQI")
 
 Sums = npt.NDArray[np.uint32]
 
 
 @dataclass(frozen=True)
 class Checksums:
-    """``windows`` has a block's checksums by idstr: one for every ``window_length`` bytes, and for what is left."""
+    """``windows`` has a block's checksums by idstr: one for every ``window_length`` bytes, and for what is left.
+
+    Memory is touched only where there is more than zeros.
+    """
 
     window_length: int
     windows: Mapping[str, Sums]
@@ -56,48 +61,40 @@ class Checksums:
         """
         while window_length < MAX_WINDOW_LENGTH and sum(lengths.values()) > _MAX_WINDOWS * window_length:
             window_length *= 2
-        windows = {}
-        for idstr, length in lengths.items():
-            whole, rest = divmod(length, window_length)
-            windows[idstr] = np.full(whole + (rest > 0), _checksum_of_zeros(window_length), np.uint32)
-            if rest:
-                windows[idstr][-1] = _checksum_of_zeros(rest)
-        return cls(window_length, windows)
+        return cls(window_length, {idstr: _zeros(length, window_length) for idstr, length in lengths.items()})
 
     @classmethod
     def parse(cls, payload: bytes, lengths: Mapping[str, int]) -> "Checksums | None":
         """What an entry tells of the blocks of ``lengths``; None if it can't be understood."""
         try:
             kind, window_length, count = _HEADER.unpack_from(payload)
-            position = _HEADER.size
-            found = []
-            for _ in range(min(count, len(payload))):
-                name_length, length = _BLOCK.unpack_from(payload, position)
+            is_power = window_length & (window_length - 1) == 0
+            if kind != _HASH or not is_power or not MIN_WINDOW_LENGTH <= window_length <= MAX_WINDOW_LENGTH:
+                return None
+            position, windows = _HEADER.size, {}
+            for _ in range(min(count, _MAX_BLOCKS)):
+                name_length, length, run_count = _BLOCK.unpack_from(payload, position)
                 position += _BLOCK.size + name_length
                 idstr = payload[position - name_length : position].decode("utf-8", "surrogateescape")
-                found.append((idstr, length))
-        except struct.error:
+                runs = _numbers(payload, position, 2 * run_count).astype(np.int64).reshape(-1, 2)
+                position += 8 * run_count
+                known = _numbers(payload, position, int(runs[:, 1].sum()))
+                position += 4 * known.size
+                if lengths.get(idstr) == length:
+                    windows[idstr] = _spread(runs, known, _zeros(length, window_length))
+        except (struct.error, ValueError):
             return None
-        is_power = window_length & (window_length - 1) == 0
-        if kind != _HASH or not is_power or not MIN_WINDOW_LENGTH <= window_length <= MAX_WINDOW_LENGTH:
-            return None
-        windows = {}
-        for idstr, length in found:
-            stop = position + -(-length // window_length) * 4
-            if stop > len(payload):
-                return None
-            if lengths.get(idstr) == length:
-                windows[idstr] = np.frombuffer(payload[position:stop], ">u4").astype(np.uint32)
-            position = stop
         return cls(window_length, windows) if position == len(payload) else None
 
     def entry(self, lengths: Mapping[str, int]) -> Entry:
         """The entry that tells them; ``lengths`` are used_lengths as in `of_zeros`."""
         parts = [_HEADER.pack(_HASH, self.window_length, len(self.windows))]
-        for idstr in self.windows:
+        for idstr, sums in self.windows.items():
             name = idstr.encode("utf-8", "surrogateescape")
-            parts.append(_BLOCK.pack(len(name), lengths[idstr]) + name)
-        parts += [sums.astype(">u4").tobytes() for sums in self.windows.values()]
+            edges = np.flatnonzero(np.diff(sums != ZEROS, prepend=False, append=False)).reshape(-1, 2)
+            runs = np.stack([edges[:, 0], edges[:, 1] - edges[:, 0]], axis=1)
+            parts.append(_BLOCK.pack(len(name), lengths[idstr], len(runs)) + name)
+            parts += [runs.astype(">u4").tobytes(), sums[sums != ZEROS].astype(">u4").tobytes()]
         return Entry(NAME, b"".join(parts), Depends.RAM)
 
     def width(self, page_size: int) -> int:
@@ -125,7 +122,29 @@ class Checksums:
     def known(self, idstrs: Collection[str]) -> tuple[int, int]:
         """How many windows of these blocks have a checksum, and how many there are."""
         sums = [self.windows[idstr] for idstr in idstrs if idstr in self.windows]
-        return sum(int(np.count_nonzero(x)) for x in sums), sum(x.size for x in sums)
+        return sum(int(np.count_nonzero(x != UNKNOWN)) for x in sums), sum(x.size for x in sums)
+
+
+def _zeros(length: int, window_length: int) -> Sums:
+    """The checksums of a block of zeros."""
+    return np.zeros(-(-length // window_length), np.uint32)
+
+
+def _numbers(payload: bytes, position: int, count: int) -> Sums:
+    """Numbers of 4 bytes. Raises ValueError where there are not so many."""
+    if count > (len(payload) - position) // 4:
+        raise ValueError(count)
+    return np.frombuffer(payload, ">u4", count, position).astype(np.uint32)
+
+
+def _spread(runs: npt.NDArray[np.int64], known: Sums, sums: Sums) -> Sums:
+    """Put ``known`` where ``runs`` (first window and count, each) say. Raises ValueError for runs that can't be."""
+    starts, counts = runs[:, 0], runs[:, 1]
+    stops = starts + counts
+    if len(runs) and (not counts.all() or (starts[1:] < stops[:-1]).any() or stops[-1] > sums.size):
+        raise ValueError("runs")
+    sums[np.repeat(starts - (np.cumsum(counts) - counts), counts) + np.arange(known.size)] = known
+    return sums
 
 
 def checksums_in(trailer: Trailer, blocks: Iterable[RAMBlock]) -> Checksums | None:
@@ -182,10 +201,14 @@ def sums_of(data: memoryview, window_length: int) -> list[int]:
 
 
 def checksum(data: memoryview) -> int:
-    """The checksum of a window; never `UNKNOWN`. Lets other threads run meanwhile."""
-    return xxhash.xxh3_64_intdigest(data) & 0xFFFFFFFF or 1
+    """The checksum of a window: `ZEROS` if it is all zeros, never `UNKNOWN`. Lets other threads run meanwhile."""
+    found: int = xxhash.xxh3_64_intdigest(data)
+    if found == _hash_of_zeros(len(data)):
+        return ZEROS
+    found &= 0xFFFFFFFF
+    return found if found > UNKNOWN else found + 2
 
 
 @lru_cache(maxsize=64)
-def _checksum_of_zeros(length: int) -> int:
-    return checksum(memoryview(bytes(length)))
+def _hash_of_zeros(length: int) -> int:
+    return xxhash.xxh3_64_intdigest(bytes(length))

@@ -51,6 +51,11 @@ class Entry:
     depends: Depends = Depends.NOTHING
 
     @property
+    def length(self) -> int:
+        """Bytes in a trailer."""
+        return _ENTRY.size + len(self.name) + len(self.payload)
+
+    @property
     def header(self) -> bytes:
         """Its place in the list at the beginning of the trailer."""
         name = self.name.encode("ascii")
@@ -76,7 +81,7 @@ class Trailer:
     def with_room_for(self, entry: Entry) -> "Trailer":
         """The same with this entry if that can be written, without one of its name otherwise."""
         others = tuple(other for other in self.entries if other.name != entry.name)
-        length = sum(len(one.header) + len(one.payload) for one in (*others, entry))
+        length = sum(one.length for one in (*others, entry))
         fits = length <= MAX_LENGTH and len(others) < MAX_ENTRIES
         return replace(self, entries=(*others, entry) if fits else others)
 

@@ -5,7 +5,6 @@ import struct
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import xxhash
 
 from ckptfs.channels.backing_file import DirectIO, FileSource, OpenedFile
@@ -54,16 +53,28 @@ def unsummed(path: Path, stream_offset: int = 0) -> int:
         content = read_content(source, stream_offset)
     payload = content.trailer.get("checksums")
     assert payload is not None
-    window_length, count = struct.unpack_from(">4xII", payload)
-    sums = np.frombuffer(payload, ">u4", offset=len(payload) % 4)[::-1]  # they are the last of it, without a gap
-    unknown = 0
-    for _, ram in reversed(ram_in(path, stream_offset).items()):
-        windows = [ram[start : start + window_length] for start in range(0, len(ram), window_length)]
-        for window in reversed(windows):
-            found, sums = int(sums[0]), sums[1:]
-            unknown += found == 0
-            assert found in (0, xxhash.xxh3_64_intdigest(window) & 0xFFFFFFFF or 1)
-    assert count == len(content.checkpoint.blocks)
+    kind, window_length, count = struct.unpack_from(">4sII", payload)
+    position, unknown, ram = 12, 0, ram_in(path, stream_offset)
+    assert (kind, count) == (b"XXH3", len(ram))
+    for _ in range(count):
+        name_length, used_length, run_count = struct.unpack_from(">BQI", payload, position)
+        position += 13 + name_length
+        content_of_block = ram[payload[position - name_length : position].decode()]
+        assert len(content_of_block) == used_length
+        runs = struct.unpack_from(f">{2 * run_count}I", payload, position)
+        position += 8 * run_count
+        sums = {}
+        for start, length in zip(runs[::2], runs[1::2], strict=True):
+            sums |= dict(enumerate(struct.unpack_from(f">{length}I", payload, position), start))
+            position += 4 * length
+        for start in range(0, used_length, window_length):
+            window = content_of_block[start : start + window_length]
+            found = sums.pop(start // window_length, 0)
+            unknown += found == 1
+            low = xxhash.xxh3_64_intdigest(window) & 0xFFFFFFFF
+            assert found in (1, 0 if not any(window) else low if low > 1 else low + 2)
+        assert not sums
+    assert position == len(payload)
     return unknown
 
 

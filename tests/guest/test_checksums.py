@@ -132,6 +132,21 @@ async def test_all_of_it_read_and_restored_with_verify(saved: Path) -> None:
     guest.close()
 
 
+async def test_windows_that_are_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a guest of TiBs has them: a read of 1 MiB may need all of two windows."""
+    monkeypatch.setattr("ckptfs.mapped_ram.checksums._MAX_WINDOWS", 1)
+    await make(tmp_path / "saved")
+    assert unsummed(tmp_path / "saved") == 0
+    assert verified(tmp_path / "saved").windows == 4 + 1
+    guest = Guest.incoming(open_verified(tmp_path / "saved"))
+    expected = ram_in(tmp_path / "saved")["pc.ram"]
+    assert await guest.read(guest.blocks["pc.ram"], 128 * PAGE, 256 * PAGE) == expected[128 * PAGE : 384 * PAGE]
+    assert await ram_of(guest) == ram_in(tmp_path / "saved")
+    await guest.restore()
+    assert await ram_of(guest) == ram_in(tmp_path / "saved")
+    guest.close()
+
+
 async def test_a_copy_does_not_make_it_right(saved: Path, tmp_path: Path) -> None:
     flip(saved, places(saved)[310] + 77)
     guest = Guest.incoming(open_base(saved))
