@@ -24,6 +24,7 @@ from ckptfs.foreign.content import Content
 from ckptfs.foreign.libvirt import Domain
 from ckptfs.mapped_ram.bitmap import PagesBitmap
 from ckptfs.mapped_ram.checkpoint import Checkpoint
+from ckptfs.mapped_ram.checksums import checksums_in
 from ckptfs.mapped_ram.ramblock import RAMBlock
 from ckptfs.mapped_ram.sections import Section
 from ckptfs.migration.size import format_size
@@ -110,6 +111,7 @@ def describe_file(path: str, stream_offset: int) -> Document:
         "device-state-length": checkpoint.device_state_length,
         "vmdesc": _describe_vmdesc(checkpoint),
         "trailer": _describe_trailer(content),
+        "checksums": _describe_checksums(content),
         "libvirt": _describe_libvirt(content),
     }
 
@@ -124,6 +126,15 @@ def _describe_libvirt(content: Content) -> Document | None:
         "format": None if image is None else image.kind,
         "was-running": None if image is None else image.was_running,
     }
+
+
+def _describe_checksums(content: Content) -> Document | None:
+    """How much of RAM has a checksum, which `ckptfs verify` compares."""
+    checksums = checksums_in(content.trailer, content.checkpoint.blocks)
+    if checksums is None:
+        return None
+    known, windows = checksums.known(content.file_bmaps)
+    return {"window-length": checksums.window_length, "windows": windows, "known": known}
 
 
 def _describe_trailer(content: Content) -> Document:
@@ -191,6 +202,7 @@ def format_file(document: Document) -> str:
         f"stream   bytes {document['offset']:#x} to {document['end']:#x} of {document['length']:#x}"
         + ("" if document["stored"] is None else f", {format_size(document['stored'])} stored"),
         *_saved_machine(document["trailer"]),
+        *_checksums(document["checksums"]),
         *_domain(document["libvirt"]),
         *_table(document["blocks"], ("data-pages", "zero-pages")),
     ]
@@ -214,6 +226,13 @@ def _saved_machine(trailer: Document) -> list[str]:
         printable(f"saved    {when} on {machine['host']} by ckptfs {machine['ckptfs']}, QEMU {machine['qemu']}"),
         printable(f"command  {command}"),
     ]
+
+
+def _checksums(checksums: Document | None) -> list[str]:
+    if checksums is None:
+        return []
+    known, windows, length = checksums["known"], checksums["windows"], format_size(checksums["window-length"])
+    return [f"verify   {'all' if known == windows else f'{known} of {windows}'} windows of {length} have checksums"]
 
 
 def _domain(libvirt: Document | None) -> list[str]:

@@ -96,6 +96,7 @@ def test_a_file_as_json(tmp_path: Path, run_ckptfs: RunCkptfs) -> None:
         "device-state-length": len(data) - marks["device_state"],
         "vmdesc": "whole",
         "trailer": {"problem": None, "entries": [], "machine": None},
+        "checksums": None,
         "libvirt": None,
     }
 
