@@ -12,9 +12,10 @@ from functools import partial
 from uuid import UUID
 
 import numpy as np
+import numpy.typing as npt
 import trio
 
-from ckptfs.channels.backing_file import BackingFile, DirectIO, FileSource, OpenedFile
+from ckptfs.channels.backing_file import BackingFile, DirectIO, FileSource, OpenedFile, pread_exactly
 from ckptfs.channels.buffers import BUFFER_LENGTH, AlignedBuffers
 from ckptfs.channels.channels import BACKING_DEADLINE, CLOSING_DEADLINE, Channel, Channels, NoAnswerError
 from ckptfs.channels.identity import Identity
@@ -183,6 +184,27 @@ class Base:
         source_offset = pages.pages_offset + run.start * page_size
         length = (run.stop - run.start) * page_size
         return share(self._file.fd, source_offset, length, target_fd, target_offset)
+
+    def windows_before(self, idstr: str, run: Run, page_size: int) -> npt.NDArray[np.uint8] | None:
+        """All pages of whole windows, as a new array of pages; None if they can't be read, or are wrong (blocking).
+
+        Only of blocks of which pages can be shared.
+        """
+        block = self.blocks[idstr]
+        assert isinstance(block.pages, MappedPages)
+        data = np.empty((run.stop - run.start, page_size), np.uint8)
+        try:
+            pread_exactly(self._file.fd, data.reshape(-1).data, block.pages.pages_offset + run.start * page_size)
+        except (OSError, StorageError) as error:
+            log.error(
+                "%s: pages %d to %d can't be read from the checkpoint: %s", idstr, run.start, run.stop - 1, error
+            )
+            return None
+        data[block.file_bmap.expand(*run) == 0] = 0
+        wrong = [] if self.checksums is None else self.checksums.wrong(idstr, run, data.reshape(-1).data, page_size)
+        for start, stop in wrong:
+            log.error("%s: the checksum of pages %d to %d is wrong", idstr, start, stop - 1)
+        return None if wrong else data
 
     def read_working_set(self) -> list[tuple[str, Run]]:
         """The pages that were recorded of this file, by block (blocks): none of a plain stream."""

@@ -45,31 +45,20 @@ class Summing:
             holds &= ~layer.present.any_of_each(self.width)
         np.copyto(sums, former, where=holds)
 
-    def unknown(self, idstr: str, start: int, stop: int) -> npt.NDArray[np.bool_]:
-        """Of each page of some windows whether its window is not known yet."""
-        sums = self._sums.windows[idstr][start // self.width : -(-stop // self.width)]
-        return np.repeat(sums == UNKNOWN, self.width)[: stop - start]
-
-    def note(self, idstr: str, start: int, data: memoryview, whole: npt.NDArray[np.bool_] | None = None) -> None:
+    def note(self, idstr: str, start: int, data: memoryview) -> None:
         """Compute what is not known of the windows that hold ``data``, from page ``start`` on.
 
-        ``whole`` tells of each page whether ``data`` has it (all: None). Runs in a thread; no two of them have
-        pages of one window.
+        Runs in a thread; no two of them have pages of one window.
         """
-        sums = self._sums.windows[idstr]
         length = self._sums.window_length
         first = start // self.width
-        places = sums[first : first + -(-len(data) // length)]
-        wanted = places == UNKNOWN
-        if whole is None and wanted.all():
-            places[:] = sums_of(data, length)
+        sums = self._sums.windows[idstr][first : first + -(-len(data) // length)]
+        unknown = sums == UNKNOWN
+        if unknown.all():
+            sums[:] = sums_of(data, length)
             return
-        if whole is not None:
-            wanted &= (
-                np.pad(whole, (0, -whole.size % self.width), constant_values=True).reshape(-1, self.width).all(1)
-            )
-        for window in np.flatnonzero(wanted).tolist():
-            (places[window],) = sums_of(data[window * length : (window + 1) * length], length)
+        for window in np.flatnonzero(unknown).tolist():
+            (sums[window],) = sums_of(data[window * length : (window + 1) * length], length)
 
     def in_trailer(self, trailer: Trailer) -> Trailer:
         """``trailer`` with these checksums, if there is room for them."""

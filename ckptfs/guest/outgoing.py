@@ -26,7 +26,7 @@ from ckptfs.guest.base import BadPagesError, Base
 from ckptfs.guest.block import PageStack
 from ckptfs.guest.checksums import Summing
 from ckptfs.guest.layer import Layer
-from ckptfs.mapped_ram.bitmap import PagesBitmap
+from ckptfs.mapped_ram.bitmap import PagesBitmap, Run
 from ckptfs.mapped_ram.checksums import stream_entry
 from ckptfs.mapped_ram.layout import Image, layout
 from ckptfs.mapped_ram.trailer import NO_TRAILER
@@ -98,26 +98,21 @@ class _OutgoingBlock:
 
 @dataclass(frozen=True)
 class Window:
-    """One payload: pages [start, stop) of one block, of which those in ``mask`` hold data and are to be written.
+    """One payload: pages [start, stop) of one block, of which those in ``mask`` hold data.
 
-    Those in ``shared`` are in the file already, and wanted for the checksums of their windows.
+    ``beside_shared``: others are in the file already, as they were in the base.
     """
 
     idstr: str
     start: int
     stop: int
     mask: npt.NDArray[np.bool_]
-    shared: npt.NDArray[np.bool_] | None = None
+    beside_shared: bool = False
 
     @property
     def page_count(self) -> int:
-        """How many pages are to be written."""
+        """How many pages hold data."""
         return int(self.mask.sum())
-
-    @property
-    def with_data(self) -> npt.NDArray[np.bool_]:
-        """The pages that are to be read."""
-        return self.mask if self.shared is None else self.mask | self.shared
 
 
 async def write_checkpoint(
@@ -224,20 +219,14 @@ def data_windows(with_data: dict[str, PagesBitmap], page_size: int, width: int =
 def summed_windows(
     with_data: dict[str, PagesBitmap], shared: dict[str, PagesBitmap], page_size: int, summing: Summing
 ) -> Iterator[Window]:
-    """The same for checksums: of a window in which some pages are shared, the others are wanted, too.
-
-    Such windows come alone, so that nothing between them is read.
-    """
+    """The same for checksums; what lies beside shared pages comes as the windows that were written, and no more."""
     for window in data_windows(with_data, page_size, summing.width):
-        also = shared[window.idstr].expand(window.start, window.stop).view(np.bool_)
-        if not also.any():
+        if not shared[window.idstr].any(window.start, window.stop):
             yield window
             continue
-        also &= summing.unknown(window.idstr, window.start, window.stop)
         for start, stop in coalesce(_spread(window.mask, summing.width)):
-            yield Window(
-                window.idstr, window.start + start, window.start + stop, window.mask[start:stop], also[start:stop]
-            )
+            first, last = window.start + start, window.start + stop
+            yield Window(window.idstr, first, last, window.mask[start:stop], shared[window.idstr].any(first, last))
 
 
 def _spread(mask: npt.NDArray[np.bool_], width: int) -> npt.NDArray[np.bool_]:
@@ -252,7 +241,7 @@ async def _write_windows(writer: "_Writer", channels: Channels, options: SaveOpt
     while (window := writer.take()) is not None:
         left: Window | None = window
         while left is not None:
-            left, data = await _read_for(writer, left)
+            data = await read_window(writer.epoch, left, page_size, writer.buffers)
             awaited = left.page_count * page_size
             await options.wait_for_bandwidth(awaited)
             stretch = await channels.carry(partial(writer.write, left, data, options.stretch()))
@@ -262,17 +251,6 @@ async def _write_windows(writer: "_Writer", channels: Channels, options: SaveOpt
             progress.remaining_pages -= stretch.page_count
             progress.transferred += stretch.normal_pages * page_size
             left = stretch.left
-
-
-async def _read_for(writer: "_Writer", window: Window) -> tuple[Window, npt.NDArray[np.uint8]]:
-    """Read a window; without what only its checksums need if that can't be read: it is in the file all the same."""
-    try:
-        return window, await read_window(writer.epoch, window, writer.page_size, writer.buffers)
-    except BadPagesError:
-        if window.shared is None:
-            raise
-    window = replace(window, shared=None)
-    return window, await read_window(writer.epoch, window, writer.page_size, writer.buffers)
 
 
 @dataclass
@@ -329,7 +307,7 @@ class _Writer:
     def _write_pages(self, channel: Channel, window: Window, data: npt.NDArray[np.uint8]) -> int:
         """Write the pages of a window that are not zero and mark them; return how many."""
         block, page_size, mask = self._blocks[window.idstr], self.page_size, window.mask
-        self._summing.note(window.idstr, window.start, data.data, self._whole(window))
+        self._sum(window, data)
         if self._detect_zero_pages:
             mask = mask & nonzero_pages(data, page_size)
         for start, stop in coalesce(mask):
@@ -338,12 +316,16 @@ class _Writer:
         block.file_bmap.set_mask(window.start, mask)
         return int(mask.sum())
 
-    def _whole(self, window: Window) -> npt.NDArray[np.bool_] | None:
-        """For each page whether what was read has its content: what is shared may be in the file alone."""
-        file_bmap = self._blocks[window.idstr].file_bmap
-        if not file_bmap.any(window.start, window.stop):
-            return None
-        return file_bmap.expand(window.start, window.stop).view(np.bool_) <= window.with_data
+    def _sum(self, window: Window, data: npt.NDArray[np.uint8]) -> None:
+        """Compute the checksums of a window; what is beside shared pages is read from the base for that."""
+        if window.beside_shared:
+            assert self.epoch.base is not None
+            former = self.epoch.base.windows_before(window.idstr, Run(window.start, window.stop), self.page_size)
+            if former is None:
+                return
+            former[window.mask] = data.reshape(former.shape)[window.mask]
+            data = former.reshape(-1)
+        self._summing.note(window.idstr, window.start, data.data)
 
 
 def window_in_memory(
@@ -351,7 +333,7 @@ def window_in_memory(
 ) -> npt.NDArray[np.uint8] | None:
     """Return the bytes of all pages of a window, page-aligned, None if some of them are in the base.
 
-    The newest layer that has a page counts. Pages that are not in `Window.with_data` are zeros: of a layer, only
+    The newest layer that has a page counts. Pages that are not in `Window.mask` are zeros: of a layer, only
     those with data are touched, as its memory is allocated by reading it.
     """
     stack, start, stop = epoch.stacks[window.idstr], window.start, window.stop
@@ -377,7 +359,7 @@ async def read_window(
         return data
     stack, start, stop = epoch.stacks[window.idstr], window.start, window.stop
     in_base = _in_base(stack, window)
-    if np.array_equal(in_base, window.with_data):
+    if np.array_equal(in_base, window.mask):
         return await _fetch(epoch, window.idstr, start, in_base, page_size)
     data = np.frombuffer(buffers.take((stop - start) * page_size), np.uint8)
     pages = data.reshape(-1, page_size)
@@ -390,7 +372,7 @@ async def read_window(
 
 def _in_base(stack: PageStack, window: Window) -> npt.NDArray[np.bool_]:
     """The pages of a window that are in the base alone."""
-    in_base = window.with_data.copy()
+    in_base = window.mask.copy()
     for layer in stack.layers:
         in_base &= layer.present.expand(window.start, window.stop) == 0
     return in_base
@@ -398,7 +380,7 @@ def _in_base(stack: PageStack, window: Window) -> npt.NDArray[np.bool_]:
 
 def _lay_over(stack: PageStack, window: Window, pages: npt.NDArray[np.uint8]) -> None:
     """Copy what layers have of a window over ``pages``, the newest last; what has no data becomes zeros."""
-    pages[~window.with_data] = 0
+    pages[~window.mask] = 0
     for layer in reversed(stack.layers):
         present = layer.present.expand(window.start, window.stop).view(np.bool_)
         view = layer.view(window.start, window.stop)

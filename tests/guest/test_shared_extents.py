@@ -90,7 +90,7 @@ async def test_what_is_shared_and_can_not_be_read_has_no_checksum(
     guest: Guest, xfs: Path, monkeypatch: pytest.MonkeyPatch, expect_log: Callable[[str], None]
 ) -> None:
     """Of a window in which some pages were written, the others are read for its checksum alone."""
-    expect_log(r"ERROR ckptfs\.guest\.base: pc\.ram: page\(s\) \[.*\] can't be read from the checkpoint: ")
+    expect_log(r"ERROR ckptfs\.guest\.base: pc\.ram: pages \d+ to \d+ can't be read from the checkpoint: ")
 
     def refused(*_: object) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
@@ -102,6 +102,21 @@ async def test_what_is_shared_and_can_not_be_read_has_no_checksum(
     assert ram_in(xfs / "second") == expected
     assert unsummed(xfs / "second") > 0
     guest.close()
+
+
+async def test_what_is_wrong_already_does_not_become_right(
+    guest: Guest, xfs: Path, expect_log: Callable[[str], None]
+) -> None:
+    """In a window of which one page was written, another one is damaged: no checksum is better than a new one."""
+    expect_log(r"ERROR ckptfs\.guest\.base: pc\.ram: the checksum of pages 192 to 207 is wrong")
+    with (xfs / "base").open("r+b") as file:
+        block = read_content(FileSource(file.fileno())).checkpoint.blocks[0]
+        assert block.pages_offset is not None
+        file.seek(block.pages_offset + 194 * PAGE)  # page 200 is written anew
+        file.write(b"damage")
+    await save(guest, save_request(xfs / "second"))
+    guest.close()
+    assert unsummed(xfs / "second") == 1
 
 
 @pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL])
