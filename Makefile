@@ -14,8 +14,9 @@ ready:
 demo: ready
 	@examples/demo
 
+# One process for each core takes tests from the others when it runs out of its own.
 test: lint
-	pytest
+	pytest --numprocesses=auto --maxprocesses=8 --dist=worksteal
 
 lint: ready
 	ruff check .

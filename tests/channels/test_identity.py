@@ -14,11 +14,9 @@ STRANGER = Identity(54321, 54321, (), "/")
 
 
 @pytest.fixture
-def private_file(tmp_path: Path) -> Path:
+def private_file(public: Path) -> Path:
     """A file that only uid 12345, or group 777, can read; everybody can reach it."""
-    for parent in (tmp_path, *tmp_path.parents[:2]):
-        parent.chmod(0o755)
-    path = tmp_path / "private"
+    path = public / "private"
     path.write_bytes(b"secret")
     os.chown(path, 12345, 777)
     path.chmod(0o640)

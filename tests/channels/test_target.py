@@ -24,11 +24,9 @@ needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as 
 
 
 @pytest.fixture
-def directory(tmp_path: Path) -> Path:
+def directory(public: Path) -> Path:
     """A directory for checkpoints, which anybody may write to."""
-    for parent in (tmp_path, *tmp_path.parents[:2]):
-        parent.chmod(0o755)
-    directory = tmp_path / "ckpt"
+    directory = public / "ckpt"
     directory.mkdir()
     directory.chmod(0o1777)
     return directory

@@ -9,7 +9,7 @@ import pytest
 
 from tests.doubles.migration_file import MigrationFile
 from tests.mount.conftest import Mount
-from tests.mount.harness import BIN, DEADLINE, is_mounted, mount_entry, run_mount
+from tests.mount.harness import BIN, DEADLINE, in_a_mount_namespace, is_mounted, mount_entry, run_mount
 
 USAGE, MOUNT_FAILURE = 1, 32
 NOBODY = pwd.getpwnam("nobody")
@@ -158,9 +158,7 @@ def test_a_mount_that_fails_names_the_cause(
         f"{prefix.format(directory=directory)} {BIN}/mount.ckptfs none {directory}"
         f" -o {','.join(['ram=pc.ram:1M,log=/dev/null', options])}"
     )
-    result = subprocess.run(
-        ["unshare", "--mount", "bash", "-c", script], capture_output=True, text=True, timeout=DEADLINE
-    )
+    result = in_a_mount_namespace(script)
     assert result.stderr == f"mount.ckptfs: {words.format(directory=directory)}\n"
     assert result.returncode == MOUNT_FAILURE
 

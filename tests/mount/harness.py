@@ -8,6 +8,7 @@ import select
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -28,6 +29,9 @@ _UNSAVED = re.compile(r"unmounted, \d+ written pages? \(.* MiB\) not saved$")
 
 _PR_SET_CHILD_SUBREAPER = 36
 _MNT_FORCE = 1
+_MNT_DETACH = 2
+_CLONE_NEWNS = 0x00020000
+_MS_REC_PRIVATE = 16384 | 1 << 18
 
 
 def adopt_orphans() -> None:
@@ -53,6 +57,36 @@ def run_mount(
         timeout=DEADLINE,
         env={**os.environ, **environment},
     )
+
+
+def in_a_mount_namespace(script: str, timeout: float = DEADLINE, **how: Any) -> subprocess.CompletedProcess[str]:
+    """Run a script of which nobody else sees what it mounts; the programs under test are first on its PATH.
+
+    A namespace begins with a copy of all mounts, and a copy that stays would keep the daemon of a test in another
+    process from ending: so none of those is kept.
+    """
+    return subprocess.run(
+        ["bash", "-c", script],
+        env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        preexec_fn=_leave_the_mount_namespace,
+        **how,
+    )
+
+
+def _leave_the_mount_namespace() -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(_CLONE_NEWNS) or libc.mount(b"none", b"/", None, _MS_REC_PRIVATE, None):
+        raise OSError(ctypes.get_errno(), "a mount namespace")
+    for mountpoint in reversed(_mountpoints()):
+        if mountpoint.startswith(f"{tempfile.gettempdir()}/"):
+            libc.umount2(os.fsencode(mountpoint), _MNT_DETACH)
+
+
+def _mountpoints() -> list[str]:
+    return [_plain(line.split(" ")[4]) for line in Path("/proc/self/mountinfo").read_text().splitlines()]
 
 
 def is_mounted(directory: Path) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.mount.conftest import Mount
-from tests.mount.harness import BIN, DEADLINE, Mounted, unmount_by_force
+from tests.mount.harness import BIN, DEADLINE, Mounted, in_a_mount_namespace, unmount_by_force
 
 MiB = 1 << 20
 
@@ -168,9 +168,7 @@ def test_a_mount_without_syslog_says_so(public: Path) -> None:
     directory = public / "mnt"
     directory.mkdir()
     script = WITHOUT_SYSLOG.format(bin=BIN, directory=directory)
-    result = subprocess.run(
-        ["unshare", "--mount", "bash", "-c", script], capture_output=True, text=True, timeout=DEADLINE
-    )
+    result = in_a_mount_namespace(script)
     unmount_by_force(directory)
     assert result.returncode == 0
     assert result.stderr == (

@@ -17,7 +17,7 @@ import pytest
 from tests.doubles.migration_file import Block, MigrationFile
 from tests.mount.conftest import Mount
 from tests.mount.decode import decode
-from tests.mount.harness import BIN, DEADLINE, is_mounted, mount_entry, run_mount
+from tests.mount.harness import BIN, DEADLINE, in_a_mount_namespace, is_mounted, mount_entry, run_mount
 
 ROOT = Path(__file__).parents[2]
 NOBODY = pwd.getpwnam("nobody")
@@ -36,18 +36,6 @@ def checkpoint(tmp_path: Path) -> Path:
 def as_nobody(script: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [*AS_NOBODY, "bash", "-c", script], cwd="/", capture_output=True, text=True, timeout=DEADLINE
-    )
-
-
-def in_a_mount_namespace(script: str) -> subprocess.CompletedProcess[str]:
-    """Run a script of which nobody else sees what it mounts; the programs under test are first on its PATH."""
-    return subprocess.run(
-        ["unshare", "--mount", "bash", "-c", script],
-        cwd=ROOT,
-        env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        timeout=2 * DEADLINE,
     )
 
 
@@ -339,6 +327,6 @@ def test_mount_and_fstab_after_an_install(checkpoint: Path, mount_point: Path, t
     }
     names["storage"].mkdir()
     script = MOUNT_8.format(**{name: shlex.quote(str(path)) for name, path in names.items()})
-    result = in_a_mount_namespace(script)
+    result = in_a_mount_namespace(script, 2 * DEADLINE, cwd=ROOT)
     assert result.stdout.endswith("all of it\n"), result.stdout + result.stderr
     assert not Path("/sbin/mount.ckptfs").is_relative_to(prefix)

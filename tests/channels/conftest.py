@@ -1,0 +1,5 @@
+"""A place that everybody can reach."""
+
+from tests.mount.conftest import public
+
+__all__ = ["public"]
