@@ -18,9 +18,10 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from tests.mount.harness import unmount_by_force
+from tests.mount.harness import enter_a_mount_namespace, unmount_by_force
 from tests.qemu.stepper import Stepper
 
 DEADLINE = 60.0
@@ -100,13 +101,14 @@ class Libvirtd:
             binds += f"touch {self._state}/kvm; mount --bind {self._state}/kvm {_KVM}; "
         keeper = subprocess.Popen(
             [
-                *("unshare", "--mount", "--propagation", "slave", "sh", "-ec"),
+                *("sh", "-ec"),
                 f'{binds} export PATH={self._programs}; exec "$@"',
                 *("sh", sys.executable, "-c", _KEEPER),
                 *(str(shutil.which("libvirtd")), "--daemon", "--pid-file", pid_file),
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
+            preexec_fn=partial(enter_a_mount_namespace, self.directory),
         )
         assert keeper.stdout is not None
         with keeper.stdout:

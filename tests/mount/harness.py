@@ -31,7 +31,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 _MNT_FORCE = 1
 _MNT_DETACH = 2
 _CLONE_NEWNS = 0x00020000
-_MS_REC_PRIVATE = 16384 | 1 << 18
+_MS_REC_SLAVE = 1 << 14 | 1 << 19
 
 
 def adopt_orphans() -> None:
@@ -60,28 +60,30 @@ def run_mount(
 
 
 def in_a_mount_namespace(script: str, timeout: float = DEADLINE, **how: Any) -> subprocess.CompletedProcess[str]:
-    """Run a script of which nobody else sees what it mounts; the programs under test are first on its PATH.
-
-    A namespace begins with a copy of all mounts, and a copy that stays would keep the daemon of a test in another
-    process from ending: so none of those is kept.
-    """
+    """Run a script of which nobody else sees what it mounts; the programs under test are first on its PATH."""
     return subprocess.run(
         ["bash", "-c", script],
         env={**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
         timeout=timeout,
-        preexec_fn=_leave_the_mount_namespace,
+        preexec_fn=enter_a_mount_namespace,
         **how,
     )
 
 
-def _leave_the_mount_namespace() -> None:
+def enter_a_mount_namespace(keep: Path | None = None) -> None:
+    """Have this process see mounts of its own, those of tests alone that are below ``keep``: between fork and exec.
+
+    A namespace begins with a copy of all mounts, and a copy that stays keeps the daemon of whatever other test from
+    ending.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(_CLONE_NEWNS) or libc.mount(b"none", b"/", None, _MS_REC_PRIVATE, None):
+    if libc.unshare(_CLONE_NEWNS) or libc.mount(b"none", b"/", None, _MS_REC_SLAVE, None):
         raise OSError(ctypes.get_errno(), "a mount namespace")
-    for mountpoint in reversed(_mountpoints()):
-        if mountpoint.startswith(f"{tempfile.gettempdir()}/"):
+    for mountpoint in map(Path, reversed(_mountpoints())):
+        of_a_test = mountpoint.parent.is_relative_to(tempfile.gettempdir())
+        if of_a_test and not (keep and mountpoint.is_relative_to(keep)):
             libc.umount2(os.fsencode(mountpoint), _MNT_DETACH)
 
 
