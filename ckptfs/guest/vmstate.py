@@ -25,7 +25,7 @@ async def vmstate(guest: Guest, memory: MachineMemory, user: RAMUser, others: li
     that were written and hold what the checkpoint holds are no reason to refuse it (QEMU's prealloc=on).
 
     Raises StateError (EPERM), saying what to do, where RAM and device state would not belong together: QEMU itself
-    would start such a guest without a word, and corrupt it.
+    would start such a guest without complaining, and corrupt it.
     """
     if guest.base is None:
         raise StateError("this mount has no checkpoint", errno.ENOENT)
