@@ -51,7 +51,7 @@ def write(mounted: Mounted, data: bytes) -> tuple[int | None, str]:
         (b"save /tmp/\xff\xfe", "a command has to be UTF-8 text: byte 10 is not"),
         (b"\xed\xa0\x80", "a command has to be UTF-8 text: byte 0 is not"),
         (b"save\nsave\n", "one command per write: this has several lines"),
-        (b"stop\ncont", "one command a write"),
+        (b"stop\ncont", "one command per write"),
         (b'save "/tmp/x', "No closing quotation"),
         (b"save 'x", "No closing quotation"),
         (b"save /tmp/x\\", "No escaped character"),

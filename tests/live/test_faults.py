@@ -132,7 +132,7 @@ async def test_qemu_refuses_a_command(guest: Running, tmp_path: Path) -> None:
 
 
 async def test_the_connection_breaks(guest: Running, tmp_path: Path) -> None:
-    guest.mounted.expect_log("migration settings could not be restored as they were")
+    guest.mounted.expect_log("migration settings could not be restored")
     async with monitored(guest, tmp_path) as server:
         for command in [*BEFORE_THE_STOP, *AFTER_THE_STOP]:
             server.faults = {command: hang_up}
@@ -158,7 +158,7 @@ async def test_qemu_is_killed(command: str, checkpoints: LiveCheckpoints, mount:
 
         server.faults = {command: kill}
         if command in ("stop", *AFTER_THE_STOP):
-            guest.mounted.expect_log("migration settings could not be restored as they were")
+            guest.mounted.expect_log("migration settings could not be restored")
         await guest.fails(f"{command}: the connection to QEMU broke", errno.EPIPE)
     await assert_starts_again(guest, checkpoints.live(SMALL).guest)
 

@@ -148,7 +148,7 @@ def test_bytes_below_a_clear_bit(checkpoints: LiveCheckpoints, tmp_path: Path) -
         file.seek((block.pages_offset or 0) + page * 4096 + 17)
         file.write(b"!")
     assert refusal(path, "-nodefaults").startswith(
-        f"{path}: page {page} of pc.ram is zeros, and the file has other bytes"
+        f"{path}: page {page} of pc.ram is zeros, but the file has other bytes"
     )
 
 
