@@ -1,6 +1,7 @@
 """The manual pages and the completion: whole, whatever is added to the tables, and without a fault in form."""
 
 import argparse
+import json
 import re
 import subprocess
 from collections.abc import Callable
@@ -16,8 +17,9 @@ from ckptfs.guest.block import PageState
 from ckptfs.migration.capabilities import CAPABILITIES
 from ckptfs.migration.parameters import PARAMETERS
 from ckptfs.namespace.ctl import COMMANDS as CTL_COMMANDS
+from ckptfs.namespace.events import EVENTS
 from ckptfs.namespace.options import OPTIONS
-from ckptfs.namespace.status import BlockStatus, format_status
+from ckptfs.namespace.status import BlockStatus, format_status, format_status_json
 from ckptfs.namespace.tree import Tree, ram_xattrs
 from ckptfs.physical.look import MAKERS
 from tests.mount.harness import BIN
@@ -87,12 +89,16 @@ def test_the_tree_has_every_file_key_command_and_setting(shown: Shown) -> None:
     text = shown("man5/ckptfs.5")
     found = terms(text)
     assert {line.split(" ")[0] for line in format_status(IDLE).splitlines()} <= found
+    document = json.loads(format_status_json(IDLE))
+    assert {*document, *document["blocks"][0]} <= found
     assert {*CTL_COMMANDS, *PARAMETERS, *CAPABILITIES, *MAKERS} <= found
+    assert {word for event in EVENTS for word in (event.name, event.member)} <= found
     assert {f"user.ckptfs.{name.decode().rpartition('.')[2]}" for name in ram_xattrs(BLOCK)} <= set(text.split())
     tree = Tree(["pc.ram"], has_vmstate=True, has_views=True)
     for node in tree.list(1):
         assert f"   {node.name.decode()}{'/NAME' if node.is_directory else ''} (r" in text
-    assert {*manual.PAGE_STATES} == {*PageState}
+    for state in PageState:
+        assert re.search(rf"\n +{state.value} +{re.escape(manual.PAGE_STATES[state])}\n", text)
     assert {
         setting.name for setting in (*PARAMETERS.values(), *CAPABILITIES.values()) if not says(setting)
     } == set()
