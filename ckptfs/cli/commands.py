@@ -181,7 +181,7 @@ COMMANDS = (
     ),
     Command(
         "status",
-        "show people what a mount is doing",
+        "show what a mount is doing",
         "Show what a save or restore is doing, how much of RAM was read and written, who waits, the last save and"
         " its pause, and who has RAM open. Programs read `DIR/status` and `DIR/status.json`.",
         (

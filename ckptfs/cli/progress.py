@@ -73,9 +73,10 @@ def describe_progress(status: Status) -> str | None:
         return words
     done, total = done_of
     words += f": {done * 100 // total}%, {done / MiB:.0f} of {total / MiB:.0f} MiB"
-    if not done or not status["migration"]["total-time"]:
+    transferred, milliseconds = status["migration"]["ram"]["transferred"], status["migration"]["total-time"]
+    if not transferred or not milliseconds:
         return words
-    speed = done / status["migration"]["total-time"] * 1000
+    speed = transferred / milliseconds * 1000  # zeros take no time: they would promise too much
     return f"{words}, {speed / MiB:.0f} MiB/s, {ceil((total - done) / speed)} s left"
 
 

@@ -30,7 +30,7 @@ _LAST_CHANCE = 1.0
 """Seconds for each further answer once QEMU has missed a deadline: it answers in order."""
 
 _ONE_AT_A_TIME = "it serves one client at a time: give QEMU a second -qmp for ckptfs"
-_START_OR_LET_GO = ": start QEMU with it as its -qmp (a mount lets go of it with `qmp none`)"
+_START_OR_LET_GO = ": start QEMU with that -qmp (`qmp none` makes a mount let go of it)"
 
 log = logging.getLogger(__name__)
 

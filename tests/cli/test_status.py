@@ -68,7 +68,7 @@ def test_a_mount_from_its_beginning(mounted: Mounted, mount: Mount, run_ckptfs: 
 
 
 def test_a_save_that_runs(mounted: Mounted, run_ckptfs: RunCkptfs) -> None:
-    (mounted.path / "parameters/max-bandwidth").write_text(f"{MiB}\n")
+    (mounted.path / "parameters/max-bandwidth").write_text(f"{2 * MiB // 60}\n")  # so that it takes a minute
     mounted.ctl("save nowait")
     mounted.wait_for(lambda status: status["migration"].get("status") == "active")
     for command in ("status", "info"):
