@@ -2,8 +2,9 @@
 
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 PREFIX ?= /usr/local
+wheelhouse = $(or $(WHEELS),.cache/wheels)
 
-.PHONY: all ready demo test lint fmt bench torture install uninstall clean
+.PHONY: all ready demo test lint fmt bench torture wheels install uninstall clean
 
 all: ready
 
@@ -35,13 +36,17 @@ torture: ready
 bench: ready
 	python -m tests.benchmarks
 
+# What is installed, as wheels for this machine's Python: all of it, so that `make install WHEELS=DIR` needs no network.
+wheels:
+	@.ci/install wheels "$(wheelhouse)"
+
 # The program in $(PREFIX), and mount(8)'s helper in /sbin: see mount-helpers/README.md. DESTDIR is honoured.
-install: ready
-	mount-helpers/install "$(DESTDIR)" "$(PREFIX)"
+install: $(if $(WHEELS),,wheels)
+	mount-helpers/install "$(DESTDIR)" "$(PREFIX)" "$(wheelhouse)"
 
 uninstall:
 	mount-helpers/uninstall "$(DESTDIR)" "$(PREFIX)"
 
 clean:
-	rm -rf --one-file-system .venv .cache build *.egg-info .*_cache .hypothesis
+	rm -rf --one-file-system .venv .cache dist .*_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
