@@ -38,7 +38,7 @@ def evict(inode: int, start: int, stop: int) -> None:
         if error.errno != errno.ENOENT:  # the kernel does not know the inode: nothing of it is cached
             raise
     if is_gone():
-        raise OSError(errno.ENOTCONN, "the mount was taken away by force")
+        raise taken_away()
 
 
 def is_gone() -> bool:
@@ -50,6 +50,11 @@ def is_gone() -> bool:
     poll = select.poll()
     poll.register(descriptor, 0)  # errors are always told
     return bool(poll.poll(0))
+
+
+def taken_away() -> OSError:
+    """What a call on a mount fails with that `is_gone`, whatever the kernel says."""
+    return OSError(errno.ENOTCONN, "the mount was taken away by force")
 
 
 async def gone() -> None:

@@ -43,6 +43,9 @@ from ckptfs.namespace.status import LastSave, Status, printable
 
 log = logging.getLogger(__name__)
 
+LOOKING_DEADLINE = 10.0
+"""Seconds for a look at who shares RAM once it is saved, also while the mount ends."""
+
 
 class Control:
     """Runs commands on a mount: ``start_soon`` those that need not be waited for.
@@ -113,7 +116,7 @@ class Control:
             return f"ok {await self._saved(request)}"
         self._guest.migrations.refuse_running()
         begun = trio.Event()
-        self._go_on(lambda: self._saved(request), begun)
+        self._go_on("save", lambda: self._saved(request), begun)
         await begun.wait()  # so that whoever looks at status from now on sees it
         return f"ok saving to {describe_address(request.address)} in the background: follow it in status"
 
@@ -124,7 +127,11 @@ class Control:
             describe_address(request.address),
             milliseconds(self._guest.migrations.newest.downtime),
         )
-        problem = await self._sharing.look()
+        problem = self._sharing.problem
+        with trio.move_on_after(
+            LOOKING_DEADLINE, shield=True
+        ):  # else nobody would hear of a save that the mount ends with
+            problem = await self._sharing.look()
         return answer if problem is None else f"{answer}; but {problem}"
 
     def _save_request(self, command: ctl.Save, identity: Identity) -> SaveRequest:
@@ -135,8 +142,8 @@ class Control:
         known = self._known if _same_path(address, self._spec) else None
         return SaveRequest(address, identity, command.ram_only, known, command.force)
 
-    def _go_on(self, work: Callable[[], Awaitable[str]], begun: trio.Event | None = None) -> None:
-        """Run something that nobody waits for; its outcome is in status and in the log."""
+    def _go_on(self, what: str, work: Callable[[], Awaitable[str]], begun: trio.Event | None = None) -> None:
+        """Run something that nobody waits for; its outcome is in status and in the log, whatever becomes of it."""
 
         async def run() -> None:
             if begun is not None:
@@ -146,6 +153,9 @@ class Control:
             except (CkptfsError, OSError) as error:
                 cancelled = errno_of(error) == errno.ECANCELED
                 log.log(logging.INFO if cancelled else logging.ERROR, "in the background: %s", describe(error))
+            except trio.Cancelled:
+                log.info("in the background: the mount ended before the %s did", what)
+                raise
             except Exception:
                 log.exception("in the background")
 
@@ -193,7 +203,7 @@ class Control:
 
     def start_warming(self) -> None:
         """Begin to warm what was recorded of the checkpoint (mount option prefetch=recorded)."""
-        self._go_on(self._warm_recorded)
+        self._go_on("prefetch", self._warm_recorded)
 
     async def _warm_recorded(self) -> str:
         base, warmed = self._guest.base, 0
@@ -206,7 +216,7 @@ class Control:
 
     def start_restore(self) -> None:
         """Begin to restore in the background (mount option prefetch=on)."""
-        self._go_on(self._guest.restore)
+        self._go_on("restore", self._guest.restore)
 
     async def _prefetch(self, command: ctl.Prefetch, identity: Identity) -> str:
         guest = self._guest

@@ -127,7 +127,12 @@ class KernelPageCache:
         raise kernel_silent(KERNEL_DEADLINE)
 
     async def _in_thread(self, call: Callable[[*Ts], T], *args: *Ts) -> T:
-        return await trio.to_thread.run_sync(call, *args, abandon_on_cancel=True, limiter=self._threads)
+        try:
+            return await trio.to_thread.run_sync(call, *args, abandon_on_cancel=True, limiter=self._threads)
+        except (OSError, StateError):
+            if connection.is_gone():  # at its path there is nothing now, or another directory
+                raise connection.taken_away() from None
+            raise
 
     async def come_back(self) -> None:
         """Wait until no thread is in a system call on the mount."""

@@ -54,6 +54,9 @@ PIECE_LENGTH = 1 << 20
 AGAIN_LENGTH = 1 << 16
 """Bytes that are evicted at once, for the first time and again: the fewer, the less can come in its way."""
 
+PIECES_MAX = 4096
+"""Pieces of a file: each costs a call, also where nothing is cached, so those of a long file are longer."""
+
 
 class FileRange(NamedTuple):
     """Bytes [start, stop) of the file with inode number ``inode``."""
@@ -165,6 +168,8 @@ class Settling:
         self._evict = evict
         self._under_way = under_way
         self._left = list(files)
+        longest = max((file.stop - file.start for file in files), default=0)
+        self._piece_length = max(PIECE_LENGTH, _page_up(longest // PIECES_MAX))
         self._again: list[FileRange] = []
         self._active: FileRange | None = None
         self._active_for_the_first_time = False
@@ -244,7 +249,7 @@ class Settling:
                     await self._evict_piece(_take(self._again, AGAIN_LENGTH))
                 elif self._left:
                     self._active_for_the_first_time = True
-                    await self._evict_piece(_take(self._left, PIECE_LENGTH))
+                    await self._evict_piece(_take(self._left, self._piece_length))
                     scope.deadline = trio.current_time() + SETTLE_DEADLINE
                 elif self._under_way.any_write:  # somebody may have seen what it writes
                     await self._under_way.writes_end()

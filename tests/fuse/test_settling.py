@@ -11,7 +11,7 @@ import trio
 from trio.testing import MockClock
 
 from ckptfs.errors import StateError
-from ckptfs.fuse import settling
+from ckptfs.fuse import connection, settling
 from ckptfs.fuse.page_cache import KERNEL_DEADLINE, KernelPageCache
 from ckptfs.fuse.settling import SETTLE_DEADLINE, FileRange, Settling, UnderWay
 from tests.doubles.kernel import CELLS, INODE, PAGE_LENGTH, Daemon, Kernel, ModelledPageCache, cells_of
@@ -313,6 +313,34 @@ def test_a_kernel_that_writes_nothing_back_is_given_up(what: Callable[..., Await
     run(0, main)
 
 
+@pytest.mark.parametrize("what", [KernelPageCache.flush, KernelPageCache.forget])
+@pytest.mark.parametrize("gone", [True, False])
+@pytest.mark.parametrize("failure", [errno.ENOTCONN, errno.EIO, errno.ENOENT], ids=errno.errorcode.get)
+def test_a_mount_that_is_gone_is_named_whatever_failed(
+    what: Callable[..., Awaitable[None]], gone: bool, failure: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Files:
+        device = 0
+        may_be_mapped = True
+
+        def file_of(self, idstr: str) -> tuple[FileRange, str]:
+            return PAGE, "/ram/pc.ram"
+
+    def fail(*_: object) -> None:
+        raise OSError(failure, "what the kernel says")
+
+    async def main() -> None:
+        page_cache = KernelPageCache(Files())  # type: ignore[arg-type]
+        monkeypatch.setattr(page_cache, "_fsync", fail)
+        monkeypatch.setattr(connection, "evict", fail)
+        monkeypatch.setattr(connection, "is_gone", lambda: gone)
+        with pytest.raises(OSError, match="taken away by force" if gone else "what the kernel says") as error:
+            await what(page_cache, ["pc.ram"])
+        assert error.value.errno == (errno.ENOTCONN if gone else failure)
+
+    trio.run(main)
+
+
 # --- evictions that are no kernel's -------------------------------------------------------------------------
 
 PAGE = FileRange(INODE, 0, PAGE_LENGTH)
@@ -412,6 +440,22 @@ def test_an_eviction_that_fails_lets_everybody_go_on() -> None:
             attempt.release()
 
     run(0, main)
+
+
+def test_a_file_of_1_tib_costs_thousands_of_evictions_and_no_million() -> None:
+    evicted: list[FileRange] = []
+
+    async def evict(piece: FileRange) -> None:
+        evicted.append(piece)
+        await trio.lowlevel.checkpoint()
+
+    small, large = FileRange(2, 0, 1 << 21), FileRange(1, 0, 1 << 40)
+    run(0, Settling([small, large], evict, UnderWay()).settle)
+    assert len(evicted) < 5000
+    assert evicted[-1] == small
+    starts = [0, *(piece.stop for piece in evicted[:-2])]
+    assert [piece.start for piece in evicted[:-1]] == starts
+    assert evicted[-2].stop == large.stop
 
 
 def test_nobody_waits_once_it_is_over() -> None:

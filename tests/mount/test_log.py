@@ -58,6 +58,19 @@ def test_each_command_with_who_and_what_came_of_it(fresh: Mounted, tmp_path: Pat
         assert re.search(line, log, re.MULTILINE), line
 
 
+def test_a_save_in_the_background_is_told_though_the_mount_has_gone(fresh: Mounted, tmp_path: Path) -> None:
+    fresh.fill(1)
+    fresh.ctl("migrate_set_parameter max-bandwidth 16")  # a second
+    holder = os.open(fresh.ram / "pc.ram", os.O_RDONLY)  # so that there is something to look at after the save
+    fresh.ctl("save nowait")
+    fresh.wait_for(lambda status: status["migration"].get("status") == "active")
+    subprocess.run(["umount", "--force", fresh.path], check=False, timeout=DEADLINE, capture_output=True)
+    assert fresh.wait() == 0
+    with pytest.raises(OSError, match="not connected"):
+        os.close(holder)
+    assert re.search(rf"INFO: saved {tmp_path}/checkpoint: 4096 pages", fresh.log.read_text())
+
+
 def test_status_tells_of_the_last_save(fresh: Mounted, tmp_path: Path) -> None:
     assert (fresh.status()["last-save"], fresh.status()["last-save-to"]) == (None, None)
     before = datetime.now(UTC).replace(microsecond=0)
