@@ -36,7 +36,10 @@ class Finding(NamedTuple):
 
 @dataclass
 class Verified:
-    """How it goes, in bytes of RAM, and what came of it: windows are counted where they hold data."""
+    """How it goes, in bytes of RAM, and what came of it: windows are counted where they hold data.
+
+    ``total`` counts whole windows; the last one of a block may be less.
+    """
 
     total: int = 0
     done: int = 0
@@ -66,38 +69,44 @@ def verify(opened: Opened, verified: Verified) -> None:
 
 
 def _verify_pages(opened: Opened, blocks: Mapping[str, RAMBlock], checksums: Checksums, verified: Verified) -> None:
-    runs: list[tuple[RAMBlock, Run]] = []
+    wanted: list[tuple[RAMBlock, npt.NDArray[np.bool_]]] = []
     for idstr, block in blocks.items():
-        width, file_bmap = checksums.width(block.page_size), opened.content.file_bmaps[idstr]
-        has_data = file_bmap.any_of_each(width)
+        width = checksums.width(block.page_size)
+        has_data = opened.content.file_bmaps[idstr].any_of_each(width)
         sums = checksums.windows.get(idstr)
         if sums is None:
             sums = np.full(has_data.size, UNKNOWN, np.uint32)
-        lost = ~has_data & (sums != ZEROS) & (sums != UNKNOWN)
-        verified.findings += _lost(block, lost, width)
+        verified.findings += _lost(block, ~has_data & (sums != ZEROS) & (sums != UNKNOWN), width)
         verified.windows += int(has_data.sum())
         verified.unknown += int((has_data & (sums == UNKNOWN)).sum())
-        runs += ((block, run) for run in _pieces(has_data & (sums != UNKNOWN), width, file_bmap.page_count, block))
-    verified.total = sum((run.stop - run.start) * block.page_size for block, run in runs)
+        wanted.append((block, has_data & (sums != UNKNOWN)))
+    verified.total = sum(int(windows.sum()) for _, windows in wanted) * checksums.window_length
+    pieces = ((block, run) for block, windows in wanted for run in _pieces(windows, block, checksums))
     lock = threading.Lock()
 
-    def look(piece: tuple[RAMBlock, Run]) -> None:
-        block, run = piece
-        found = list(_wrong(opened, block, checksums, run))
-        with lock:
-            verified.findings += found
-            verified.done += (run.stop - run.start) * block.page_size
+    def look() -> None:
+        while True:
+            with lock:
+                block, run = next(pieces, (None, Run(0, 0)))
+            if block is None:
+                return
+            found = list(_wrong(opened, block, checksums, run))
+            with lock:
+                verified.findings += found
+                verified.done += (run.stop - run.start) * block.page_size
 
     with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(look, runs))
+        for thread in [pool.submit(look) for _ in range(THREADS)]:
+            thread.result()
+    verified.done = verified.total
 
 
-def _pieces(windows: npt.NDArray[np.bool_], width: int, page_count: int, block: RAMBlock) -> Iterator[Run]:
+def _pieces(windows: npt.NDArray[np.bool_], block: RAMBlock, checksums: Checksums) -> Iterator[Run]:
     """The pages of these windows, cut into pieces of whole windows."""
-    step = max(1, _PIECE_LENGTH // (width * block.page_size))
+    width, step = checksums.width(block.page_size), _PIECE_LENGTH // checksums.window_length
     for first, last in coalesce(windows):
         for start in range(first, last, step):
-            yield Run(start * width, min(min(start + step, last) * width, page_count))
+            yield Run(start * width, min(min(start + step, last) * width, block.page_count))
 
 
 def _wrong(opened: Opened, block: RAMBlock, checksums: Checksums, run: Run) -> Iterator[Finding]:

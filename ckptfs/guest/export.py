@@ -63,9 +63,10 @@ async def write_layout(layout: Layout, memory: Memory, output: Output, exported:
 
     Nothing is durable yet when this returns. Raises StorageError or OSError.
     """
-    pieces = [(place, content) for place, content in _pieces(layout, memory)]
-    exported.total = sum(len(content) if isinstance(content, bytes) else content.length for _, content in pieces)
-    queue = iter(pieces)
+    exported.total = sum(
+        len(content) if isinstance(content, bytes) else content.length for _, content in _pieces(layout, memory)
+    )
+    queue = _pieces(layout, memory)
 
     async def write_some() -> None:
         for file_offset, content in queue:

@@ -172,7 +172,7 @@ def test_what_is_refused(mount: Mount, export: Export, tmp_path: Path) -> None:
     assert "on this mount" in export(mounted.path, mounted.path / "out", "raw", code=2)
     with (mounted.ram / "a").open("r+b") as ram:
         ram.write(b"changed")
-    assert "pages were written" in export(mounted.path, tmp_path / "out", "raw", code=1)
+    assert "written since the checkpoint" in export(mounted.path, tmp_path / "out", "raw", code=1)
     assert (tmp_path / "ckpt").read_bytes() == before
     assert sorted(path.name for path in tmp_path.glob("*out*")) == []
 
