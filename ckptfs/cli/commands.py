@@ -107,8 +107,11 @@ COMMANDS = (
                 "--force", action="store_true", help="replace the mounted file even if somebody else has changed it"
             ),
             argument(
-                "--qmp", metavar="SOCKET", help="save the machine behind it (QEMU's -qmp unix:SOCKET) to FILE"
+                "--qmp",
+                metavar="SOCKET|libvirt:NAME",
+                help="save the machine behind it (QEMU's -qmp unix:SOCKET, or a domain of libvirt) to FILE",
             ),
+            argument("--libvirt-uri", metavar="URI", help="where libvirt is (default: as for virsh)"),
             argument(
                 "--capture",
                 choices=("auto", "snapshot", "precopy"),

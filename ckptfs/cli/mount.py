@@ -28,7 +28,14 @@ from ckptfs.guest.guest import Guest
 from ckptfs.guest.machine import Machine, Machines
 from ckptfs.guest.opening import open_checkpoint
 from ckptfs.guest.settings import Settings
-from ckptfs.migration.address import FdAddress, FileMigrationArgs, SeekableAddress, parse_target, seekable_file
+from ckptfs.migration.address import (
+    FdAddress,
+    FileMigrationArgs,
+    QMPSocket,
+    SeekableAddress,
+    parse_target,
+    seekable_file,
+)
 from ckptfs.migration.capabilities import CAPABILITIES
 from ckptfs.migration.capture import CaptureOptions
 from ckptfs.migration.parameters import PARAMETERS
@@ -207,8 +214,8 @@ def _number(text: str, option: str, what: str, find: Callable[[str], int]) -> in
 
 def _make_absolute(options: MountOptions) -> None:
     """Paths are meant from where the caller stands; the daemon will stand elsewhere."""
-    if options.qmp is not None:
-        options.qmp = os.path.abspath(options.qmp)
+    if isinstance(options.qmp, QMPSocket):
+        options.qmp = QMPSocket(os.path.abspath(options.qmp.path))
     if options.log not in (None, "syslog"):
         options.log = os.path.abspath(str(options.log))
 
@@ -229,8 +236,9 @@ def open_guest(spec: SeekableAddress | None, options: MountOptions) -> Guest:
         options.shared,
         capture,
         verify=options.verify,
+        libvirt_uri=options.libvirt_uri,
     )
-    bound = None if options.qmp is None else Machine(options.qmp, Identity.of_daemon())
+    bound = None if options.qmp is None else Machine(settings.located(options.qmp), Identity.of_daemon())
     guest = Guest(settings, Machines(bound), read_only=options.read_only)
     for idstr, used_length in options.ram.items():
         guest.add_block(idstr, used_length)

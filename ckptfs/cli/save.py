@@ -17,7 +17,15 @@ from ckptfs.guest.guest import Guest
 from ckptfs.guest.machine import Machine, Machines
 from ckptfs.guest.saving import SaveRequest, save
 from ckptfs.guest.settings import Settings
-from ckptfs.migration.address import FdAddress, FileMigrationArgs, parse_target, seekable_file
+from ckptfs.migration.address import (
+    FdAddress,
+    FileMigrationArgs,
+    MonitorAddress,
+    QMPSocket,
+    parse_monitor,
+    parse_target,
+    seekable_file,
+)
 from ckptfs.migration.capture import CaptureOptions, Way
 from ckptfs.migration.parameters import MigrationParameters
 
@@ -39,17 +47,22 @@ def run(arguments: argparse.Namespace) -> int:
     target = FileMigrationArgs(os.path.abspath(target.filename), target.offset)
     capture = CaptureOptions(Way(arguments.capture), arguments.capture_rounds)
     with display_for(arguments) as display:
-        answer = trio.run(save_machine, os.path.abspath(arguments.qmp), target, capture, display)
+        address = parse_monitor(arguments.qmp, arguments.libvirt_uri)
+        if isinstance(address, QMPSocket):
+            address = QMPSocket(os.path.abspath(address.path))
+        answer = trio.run(save_machine, address, target, capture, display)
     tell(arguments, answer)
     return 0
 
 
-async def save_machine(qmp_path: str, target: FileMigrationArgs, capture: CaptureOptions, display: Display) -> str:
-    """Save the machine behind a QMP socket; return one line that says what was done.
+async def save_machine(
+    address: MonitorAddress, target: FileMigrationArgs, capture: CaptureOptions, display: Display
+) -> str:
+    """Save the machine whose monitor is at an address; return one line that says what was done.
 
     Raises CommandError, StateError, QemuError, StorageError or OSError; its guest runs on, whatever comes.
     """
-    machine = Machine(qmp_path, Identity.of_daemon())
+    machine = Machine(address, Identity.of_daemon())
     guest = Guest(Settings(MigrationParameters(), capture=capture), Machines(machine))
     try:
         return await save_shown(guest, target, display)

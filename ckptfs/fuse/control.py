@@ -34,7 +34,7 @@ from ckptfs.guest.guest import Guest
 from ckptfs.guest.machine import Machine
 from ckptfs.guest.opening import open_checkpoint
 from ckptfs.guest.saving import SaveRequest, save
-from ckptfs.migration.address import FileMigrationArgs, SeekableAddress
+from ckptfs.migration.address import FileMigrationArgs, QMPSocket, SeekableAddress
 from ckptfs.migration.capabilities import CAPABILITIES, format_state, parse_state
 from ckptfs.migration.parameters import ParameterValue, find_parameter
 from ckptfs.namespace import ctl
@@ -287,12 +287,14 @@ class Control:
 
     async def _qmp(self, command: ctl.Qmp, identity: Identity) -> str:
         self._guest.migrations.refuse_running()
-        if command.socket is None:
+        address = command.address
+        if address is None:
             self._guest.machines.bind(None)
             return "ok no QEMU is bound"
-        path = describe_address(_absolute(FileMigrationArgs(command.socket), identity))
-        self._guest.machines.bind(Machine(path, identity))
-        return f"ok bound to {path}"
+        if isinstance(address, QMPSocket):
+            address = QMPSocket(describe_address(_absolute(FileMigrationArgs(address.path), identity)))
+        self._guest.machines.bind(Machine(self._guest.settings.located(address), identity))
+        return f"ok bound to {address}"
 
     async def _loglevel(self, command: ctl.LogLevel, identity: Identity) -> str:
         logging.getLogger("ckptfs").setLevel(command.level.upper())

@@ -99,7 +99,7 @@ def describe_mount(
         vmstate=_vmstate(guest),
         direct_io=guest.direct_io_state,
         writers=_writers(guest),
-        qmp="none" if machine is None else f"{machine.state} {machine.qmp_path}",
+        qmp="none" if machine is None else f"{machine.state} {machine.address}",
         guest=None if machine is None else machine.run_state,
         capture=guest.migrations.newest.way,
         restored=guest.restored,

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from ckptfs.channels.identity import Identity
 from ckptfs.errors import QemuError
+from ckptfs.migration.address import MonitorAddress
 
 if TYPE_CHECKING:
     from ckptfs.qemu.monitor import Monitor
@@ -20,7 +21,7 @@ class Machine:
     ``state`` is "waiting" until it was once reached, then "connected" or "lost".
     """
 
-    qmp_path: str
+    address: MonitorAddress
     identity: Identity
     state: str = "waiting"
     run_state: str | None = None
@@ -38,11 +39,11 @@ class Machine:
 
     @asynccontextmanager
     async def monitor(self) -> AsyncIterator["Monitor"]:
-        """Connect to the QMP socket for as long as this lasts; QemuError if that fails."""
-        from ckptfs.qemu.monitor import connected  # asyncio is slow to import, and most mounts have no machine
+        """Connect to the monitor for as long as this lasts; QemuError if that fails."""
+        from ckptfs.qemu.monitors import connected_to  # asyncio is slow to import, and most mounts have no machine
 
         self.state = "lost" if self.state == "connected" else self.state
-        async with connected(self.qmp_path, self.identity) as monitor:
+        async with connected_to(self.address, self.identity) as monitor:
             self.state = "connected"
             started = _start_of(monitor.pid)
             self._process = None if started is None else (monitor.pid, started)

@@ -9,7 +9,7 @@ import errno
 import logging
 from collections.abc import Collection
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 from typing import TYPE_CHECKING
 
 import trio
@@ -333,7 +333,8 @@ async def _trailer_of_machine(guest: Guest, monitor: "Monitor") -> Trailer:
     assert guest.machines.bound is not None
     identity = guest.machines.bound.identity
     saved = await trio.to_thread.run_sync(saved_machine, monitor.pid, monitor.version, identity)
-    return trailer if saved is None else trailer.with_entry(saved.entry())
+    known = [entry.entry() for entry in (saved, monitor.domain) if entry is not None]
+    return reduce(Trailer.with_entry, known, trailer)
 
 
 def _configured(guest: Guest, image: Image, epoch: Epoch) -> Image:

@@ -1,10 +1,12 @@
 """What migrations go by: parameters and capabilities as in QEMU, and what was handed in at the mount."""
 
+from dataclasses import replace
 from uuid import UUID
 
 from ckptfs.channels.backing_file import DirectIO
 from ckptfs.channels.descriptors import Descriptors
 from ckptfs.guest.base import BaseOptions
+from ckptfs.migration.address import LibvirtDomain, MonitorAddress
 from ckptfs.migration.capabilities import MigrationCapabilities
 from ckptfs.migration.capture import CaptureOptions
 from ckptfs.migration.parameters import MigrationParameters, ParameterValue
@@ -28,6 +30,7 @@ class Settings:
         capture: CaptureOptions | None = None,
         *,
         verify: bool = False,
+        libvirt_uri: str | None = None,
     ) -> None:
         self._parameters = parameters or MigrationParameters()
         self._capabilities = capabilities or MigrationCapabilities()
@@ -36,6 +39,11 @@ class Settings:
         self.uuid = uuid
         self.capture = capture or CaptureOptions()
         self.verify = verify
+        self._libvirt_uri = libvirt_uri
+
+    def located(self, address: MonitorAddress) -> MonitorAddress:
+        """The same; of a domain, with the libvirt that it is to be looked for at."""
+        return replace(address, uri=self._libvirt_uri) if isinstance(address, LibvirtDomain) else address
 
     @property
     def parameters(self) -> MigrationParameters:

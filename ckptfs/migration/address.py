@@ -18,6 +18,7 @@ from ckptfs.migration.size import SIZE_MAX, parse_size
 FILE_OFFSET_MAX = (1 << 63) - 1
 
 _FDSET = "/dev/fdset/"
+_LIBVIRT = "libvirt:"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 _SOCKET_TYPES = {"tcp": "inet", "unix": "unix", "vsock": "vsock"}
 
@@ -80,6 +81,43 @@ class RdmaAddress:
 
 MigrateAddress = FileMigrationArgs | FdAddress | SocketAddress | ExecAddress | RdmaAddress
 SeekableAddress = FileMigrationArgs | FdAddress
+
+
+@dataclass(frozen=True)
+class QMPSocket:
+    """A QMP socket of QEMU's own: ``-qmp unix:PATH``."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return self.path
+
+
+@dataclass(frozen=True)
+class LibvirtDomain:
+    """A domain, by what `virsh list` calls it or its UUID, whose monitor libvirt has; ``uri`` None: its default."""
+
+    name: str
+    uri: str | None = None
+
+    def __str__(self) -> str:
+        return f"{_LIBVIRT}{self.name}"
+
+
+MonitorAddress = QMPSocket | LibvirtDomain
+
+
+def parse_monitor(text: str, uri: str | None = None) -> MonitorAddress:
+    """``SOCKET`` or ``libvirt:NAME``: where a machine's monitor is; ``uri`` is that of libvirt.
+
+    Raises CommandError for an empty name. A socket whose path begins like that needs ``./``.
+    """
+    if not text.startswith(_LIBVIRT):
+        return QMPSocket(text)
+    name = text.removeprefix(_LIBVIRT)
+    if not name or name.startswith("/"):
+        raise CommandError(f"{text!r}: expects a domain's name or UUID, as in libvirt:vm1; URIs go to libvirt_uri=")
+    return LibvirtDomain(name, uri)
 
 
 def seekable_file(address: MigrateAddress) -> SeekableAddress:

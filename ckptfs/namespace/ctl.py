@@ -12,7 +12,15 @@ from enum import Enum, StrEnum
 from textwrap import fill
 
 from ckptfs.errors import CommandError
-from ckptfs.migration.address import SeekableAddress, parse_migrate_json, parse_target, parse_uri, seekable_file
+from ckptfs.migration.address import (
+    MonitorAddress,
+    SeekableAddress,
+    parse_migrate_json,
+    parse_monitor,
+    parse_target,
+    parse_uri,
+    seekable_file,
+)
 from ckptfs.migration.capabilities import find_capability, parse_state
 from ckptfs.migration.parameters import ParameterValue, find_parameter
 from ckptfs.migration.size import MiB, parse_size_of
@@ -118,9 +126,9 @@ class Cont:
 
 @dataclass(frozen=True)
 class Qmp:
-    """Bind to the QEMU at ``socket``; None lets go of it."""
+    """Bind to the QEMU whose monitor is at ``address``; None lets go of it."""
 
-    socket: str | None
+    address: MonitorAddress | None
 
 
 class Level(StrEnum):
@@ -374,7 +382,7 @@ def _parse_info(rest: str) -> Command:
 
 def _parse_qmp(rest: str) -> Command:
     socket = _one(rest)
-    return Qmp(None if socket == "none" else socket)
+    return Qmp(None if socket == "none" else parse_monitor(socket))
 
 
 def _parse_loglevel(rest: str) -> Command:
@@ -484,8 +492,8 @@ GRAMMAR = (
     Grammar(("cont",), "", "Let the guest, or those programs, go on.", _alone(Cont())),
     Grammar(
         ("qmp",),
-        "SOCKET|none",
-        "Connect to the QEMU that runs on this RAM, or let go of it.",
+        "SOCKET|libvirt:NAME|none",
+        "Connect to the QEMU that runs on this RAM, by its socket or as a domain of libvirt, or let go of it.",
         _parse_qmp,
     ),
     Grammar(

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from uuid import UUID
 
 from ckptfs.errors import CommandError
-from ckptfs.migration.address import FILE_OFFSET_MAX
+from ckptfs.migration.address import FILE_OFFSET_MAX, MonitorAddress, parse_monitor
 from ckptfs.migration.capabilities import CAPABILITIES, MigrationCapabilities, parse_state
 from ckptfs.migration.capture import CaptureOptions, Way
 from ckptfs.migration.parameters import PARAMETERS, MigrationParameters
@@ -26,7 +26,8 @@ class MountOptions:
     ram: dict[str, int] = field(default_factory=dict)
     """RAM blocks of a fresh guest: used_length by idstr, in the order given."""
     read_only: bool = False
-    qmp: str | None = None
+    qmp: MonitorAddress | None = None
+    libvirt_uri: str | None = None
     prefetch: str = "off"
     """``off``, ``on``, or ``recorded``: what an earlier mount, or `ckptfs run --record`, has kept."""
     image_offset: int = 0
@@ -305,10 +306,17 @@ OPTIONS = (
     Option("rw", "", "Undo ro.", _switch("read_only", False)),
     Option(
         "qmp",
-        "SOCKET",
-        "The QMP socket of the QEMU that runs on this RAM. save then saves the whole machine while it runs."
+        "SOCKET|libvirt:NAME",
+        "The QMP socket, or libvirt's domain, of the QEMU that runs on this RAM. save then saves the whole machine"
+        " while it runs."
         " Without ram= and without a file, its RAM may be anywhere.",
-        _one("qmp", str),
+        _one("qmp", parse_monitor),
+    ),
+    Option(
+        "libvirt_uri",
+        "URI",
+        "Where libvirt is, for qmp=libvirt:NAME (default: as for virsh).",
+        _one("libvirt_uri", str),
     ),
     Option(
         "capture",

@@ -1,4 +1,8 @@
-"""A QMP connection for trio: the official qemu.qmp library, which is asyncio, in a thread with its own loop."""
+"""A monitor of QEMU: `Monitor` is what all of them are, whichever way commands, descriptors and events go.
+
+Here that is a QMP socket, by the official qemu.qmp library, which is asyncio, in a thread with its own loop;
+``libvirt`` has the way through libvirt.
+"""
 
 import asyncio
 import concurrent.futures
@@ -8,6 +12,7 @@ import logging
 import socket
 import struct
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -18,6 +23,7 @@ from qemu.qmp import ConnectError, EventListener, ExecuteError, Message, QMPClie
 
 from ckptfs.channels.identity import Identity
 from ckptfs.errors import QemuError
+from ckptfs.foreign.libvirt import Domain
 
 T = TypeVar("T")
 
@@ -47,36 +53,31 @@ class Event:
     at: float
 
 
-class Monitor:
-    """One QMP connection, within `connected`. Methods raise QemuError, naming the command.
+class Monitor(ABC):
+    """One connection to QEMU's monitor, for as long as it lasts. Methods raise QemuError, naming the command.
 
     ``deadline`` is the time in seconds that QEMU has for the next answer. ``events`` are all that were heard, in
     their order; whatever had happened before QEMU answered is in it when the answer is here. ``lost`` says that
-    the connection broke. ``pid`` is the process that listens at the socket, 0 if it is in another pid namespace;
-    ``version`` is QEMU's, as it greets.
+    the connection broke. ``pid`` is QEMU's process, 0 where that can't be told: of a socket, the one that listens
+    there; ``version`` is QEMU's. ``domain`` is the machine as libvirt knows it, None without libvirt.
     """
 
-    def __init__(self, client: QMPClient, loop: asyncio.AbstractEventLoop, deadline: float, pid: int) -> None:
-        self._client = client
-        self._loop = loop
+    def __init__(self, deadline: float, pid: int, version: str, domain: Domain | None = None) -> None:
         self.pid = pid
-        self.version = _version_of(client)
+        self.version = version
+        self.domain = domain
         self._alerted: trio.CancelScope | None = None
         self.deadline = deadline
         self.events: list[Event] = []
         self.lost = False
-        trio_token = trio.lowlevel.current_trio_token()
-        # what is told to trio's thread keeps its order: events before the answers that they came before
-        client.register_listener(_Listener(lambda event: _tell(trio_token, self._note_event, event)))
-        self._watch = asyncio.run_coroutine_threadsafe(
-            _watch(client, lambda: _tell(trio_token, self._note_loss)), loop
-        )
 
-    def _note_event(self, event: Event) -> None:
+    def note_event(self, event: Event) -> None:
+        """QEMU has told it; in trio's thread, and before the answer that it came before."""
         self.events.append(event)
         self._alert()
 
-    def _note_loss(self) -> None:
+    def note_loss(self) -> None:
+        """The connection broke."""
         self.lost = True
         self._alert()
 
@@ -96,25 +97,48 @@ class Monitor:
     async def execute(self, command: str, **arguments: Any) -> Any:
         """Run a QMP command; ``_`` in the names of arguments stands for ``-``."""
         named = {name.replace("_", "-"): value for name, value in arguments.items()}
-        return await self._answer_to(command, self._client.execute(command, named or None))
+        return await self._answer_in_time(command, named, None)
 
     async def send_descriptor(self, name: str, fd: int) -> None:
         """Hand ``fd`` to QEMU under ``name`` (QMP getfd)."""
+        await self._answer_in_time("getfd", {"fdname": name}, fd)
 
-        async def send() -> None:
-            self._client.send_fd_scm(fd)
-            await self._client.execute("getfd", {"fdname": name})
-
-        await self._answer_to("getfd", send())
-
-    async def _answer_to(self, command: str, coroutine: Coroutine[Any, Any, T]) -> T:
+    async def _answer_in_time(self, command: str, arguments: dict[str, Any], fd: int | None) -> Any:
         try:
             with trio.fail_after(self.deadline):
-                return await _run_in(self._loop, coroutine)
+                return await self._answer_to(command, arguments, fd)
         except trio.TooSlowError:
             error = QemuError(f"{command}: QEMU did not answer for {self.deadline:g} s", errno.ETIMEDOUT)
             self.deadline = min(self.deadline, _LAST_CHANCE)
             raise error from None
+
+    @abstractmethod
+    async def _answer_to(self, command: str, arguments: dict[str, Any], fd: int | None) -> Any:
+        """Send a command, with a descriptor if there is one, and return the answer; QemuError."""
+
+
+class SocketMonitor(Monitor):
+    """One connection to a QMP socket, within `connected`."""
+
+    def __init__(self, client: QMPClient, loop: asyncio.AbstractEventLoop, deadline: float, pid: int) -> None:
+        super().__init__(deadline, pid, _version_of(client))
+        self._client = client
+        self._loop = loop
+        trio_token = trio.lowlevel.current_trio_token()
+        # what is told to trio's thread keeps its order: events before the answers that they came before
+        client.register_listener(_Listener(lambda event: tell(trio_token, self.note_event, event)))
+        self._watch = asyncio.run_coroutine_threadsafe(
+            _watch(client, lambda: tell(trio_token, self.note_loss)), loop
+        )
+
+    async def _answer_to(self, command: str, arguments: dict[str, Any], fd: int | None) -> Any:
+        async def ask() -> Any:
+            if fd is not None:
+                self._client.send_fd_scm(fd)
+            return await self._client.execute(command, arguments or None)
+
+        try:
+            return await _run_in(self._loop, ask())
         except ExecuteError as error:
             raise QemuError(f"QEMU refused {command}: {error}") from error
         except (QMPError, EOFError, OSError) as error:
@@ -138,7 +162,7 @@ async def connected(path: str, identity: Identity, deadline: float = DEADLINE) -
         client = QMPClient("ckptfs")
         try:
             await _greet(loop, client, connection, path, deadline)
-            yield Monitor(client, loop, deadline, pid)
+            yield SocketMonitor(client, loop, deadline, pid)
         finally:
             with trio.move_on_after(deadline, shield=True):
                 await _run_in(loop, _disconnect(client))
@@ -151,8 +175,11 @@ def _listener_of(connection: socket.socket) -> int:
 
 
 def _version_of(client: QMPClient) -> str:
-    """``10.0.2 (Debian 1:10.0.2+ds-2)``, from QMP's greeting."""
-    told: Any = {} if client.greeting is None else client.greeting.QMP.version
+    return version_text({} if client.greeting is None else client.greeting.QMP.version)
+
+
+def version_text(told: Any) -> str:
+    """``10.0.2 (Debian 1:10.0.2+ds-2)``, from QMP's greeting or query-version."""
     try:
         qemu = told["qemu"]
         numbers = f"{qemu['major']}.{qemu['minor']}.{qemu['micro']}"
@@ -185,7 +212,8 @@ async def _watch(client: QMPClient, tell: Callable[[], None]) -> None:
     tell()
 
 
-def _tell(trio_token: trio.lowlevel.TrioToken, function: Callable[..., None], *arguments: object) -> None:
+def tell(trio_token: trio.lowlevel.TrioToken, function: Callable[..., None], *arguments: object) -> None:
+    """Have a function run in trio's thread, if that still runs."""
     with contextlib.suppress(trio.RunFinishedError):
         trio_token.run_sync_soon(function, *arguments)
 

@@ -8,7 +8,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ckptfs.errors import CommandError
-from ckptfs.migration.address import FdAddress, FileMigrationArgs
+from ckptfs.migration.address import FdAddress, FileMigrationArgs, LibvirtDomain, QMPSocket
 from ckptfs.migration.parameters import MigrationParameters
 from ckptfs.migration.size import SIZE_RULE, MiB
 from ckptfs.namespace import ctl
@@ -92,7 +92,8 @@ P = FileMigrationArgs("/p")
         ("info migrate_capabilities", Info(InfoTopic.MIGRATE_CAPABILITIES)),
         ("stop", Stop()),
         ("cont", Cont()),
-        ("qmp /run/vm1.qmp", Qmp("/run/vm1.qmp")),
+        ("qmp /run/vm1.qmp", Qmp(QMPSocket("/run/vm1.qmp"))),
+        ("qmp libvirt:vm1", Qmp(LibvirtDomain("vm1"))),
         ("qmp none", Qmp(None)),
         ("loglevel debug", LogLevel(Level.DEBUG)),
         ("help", Help()),
@@ -197,7 +198,7 @@ migrate file:migfile
             "info does not know 'migrate_parameter' (did you mean 'migrate_parameters'?): it knows migrate,"
             " migrate_parameters, migrate_capabilities",
         ),
-        (b"qmp", "usage: qmp SOCKET|none"),
+        (b"qmp", "usage: qmp SOCKET|libvirt:NAME|none"),
         (b"loglevel verbose", "usage: loglevel debug|info|warning|error"),
     ],
 )

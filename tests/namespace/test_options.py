@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ckptfs.errors import CommandError
+from ckptfs.migration.address import LibvirtDomain, QMPSocket
 from ckptfs.migration.capabilities import CAPABILITIES
 from ckptfs.migration.parameters import PARAMETERS, MigrationParameters
 from ckptfs.migration.size import SIZE_RULE, MiB
@@ -33,7 +34,7 @@ def changes(text: str) -> dict[str, Any]:
         ),
         ("ro", {"read_only": True}),
         ("ro,rw", {}),
-        ("qmp=/run/vm1.qmp", {"qmp": "/run/vm1.qmp"}),
+        ("qmp=/run/vm1.qmp", {"qmp": QMPSocket("/run/vm1.qmp")}),
         ("prefetch=on", {"prefetch": "on"}),
         ("prefetch=recorded", {"prefetch": "recorded"}),
         ("prefetch=off", {}),
@@ -55,7 +56,11 @@ def changes(text: str) -> dict[str, Any]:
         ("shared=0000:00:02.0/vga.vram:/x", {"shared": {"0000:00:02.0/vga.vram": "/x"}}),
         ("fdset=1:5:6,fdset=2:7", {"fdset": {1: [5, 6], 2: [7]}}),
         ("fd=mig:5", {"fd": {"mig": 5}}),
-        ("qmp=/a,qmp=/b", {"qmp": "/b"}),
+        ("qmp=/a,qmp=/b", {"qmp": QMPSocket("/b")}),
+        (
+            "qmp=libvirt:vm1,libvirt_uri=qemu:///session",
+            {"qmp": LibvirtDomain("vm1"), "libvirt_uri": "qemu:///session"},
+        ),
     ],
 )
 def test_an_option(text: str, expected: dict[str, Any]) -> None:

@@ -1,0 +1,105 @@
+"""A domain that knows nothing of us, saved live through libvirt's own monitor, which takes it for running."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import RunCkptfs
+from tests.libvirt.conftest import NewDomain
+from tests.libvirt.daemon import Domain, Libvirtd, VirshError
+from tests.mount.conftest import Mount
+from tests.mount.decode import decode
+from tests.mount.harness import BIN
+from tests.qemu.stepper import steps
+
+
+@pytest.fixture
+def vm(domain: NewDomain) -> Domain:
+    vm = domain("vm")
+    vm.start()
+    return vm
+
+
+def save(vm: Domain, path: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [BIN / "ckptfs", "save", "--qmp", f"libvirt:{vm.name}", "--libvirt-uri", vm.libvirtd.uri]
+    return subprocess.run([*command, *options, path], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("capture", ["auto", "precopy"])
+def test_saved_without_a_mount(vm: Domain, tmp_path: Path, capture: str, run_ckptfs: RunCkptfs) -> None:
+    path = tmp_path / "checkpoint"
+    for _ in range(2):
+        done = save(vm, path, "--capture", capture)
+        assert done.returncode == 0, done
+        assert vm.state().startswith("running")
+        vm.goes_on()
+        steps(decode(path).blocks["pc.ram"], vm.stepper.length)
+    told = json.loads(run_ckptfs("info", "--json", path).stdout)
+    assert (told["libvirt"]["domain"], told["run-state"]) == ("vm", "running")
+    assert told["trailer"]["machine"]["program"].endswith("qemu-system-x86_64")
+    vm.libvirtd.virsh("save", "vm", tmp_path / "by-libvirt")
+    vm.libvirtd.virsh("restore", tmp_path / "by-libvirt")
+    vm.goes_on()
+
+
+def test_saved_from_a_mount(vm: Domain, mount: Mount, tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint"
+    mounted = mount(path, f"qmp=libvirt:vm,libvirt_uri={vm.libvirtd.uri}")
+    assert "qmp waiting libvirt:vm" in (mounted.path / "status").read_text()
+    assert "pause" in mounted.ctl("save")
+    vm.goes_on()
+    mounted.ctl("stop")
+    assert vm.state().startswith("paused")
+    mounted.ctl("save")
+    assert vm.state().startswith("paused")
+    mounted.ctl("cont")
+    assert vm.state() == "running (unpaused)"
+    vm.goes_on()
+    vm.libvirtd.restart()
+    mounted.ctl("qmp none")
+    mounted.ctl("qmp libvirt:vm")
+    mounted.ctl("save")
+    vm.goes_on()
+    assert vm.state() == "running (unpaused)"
+    steps(decode(path).blocks["pc.ram"], vm.stepper.length)
+
+
+def test_libvirt_tells_of_the_pause_and_of_no_more(vm: Domain, tmp_path: Path) -> None:
+    events = subprocess.Popen(
+        ["virsh", "-c", vm.libvirtd.uri, "event", "--loop", "--event", "lifecycle", "--timeout", "60"],
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert events.stdout is not None
+    with events:
+        assert save(vm, tmp_path / "checkpoint").returncode == 0
+        told = [events.stdout.readline() for _ in range(2)]
+        events.kill()
+    assert [word in line for word, line in zip(("Suspended", "Resumed"), told, strict=True)] == [True, True], told
+
+
+def test_what_can_not_be_is_refused_with_words(libvirtd: Libvirtd, domain: NewDomain, tmp_path: Path) -> None:
+    stopped = domain("stopped")
+    for name, words in (("nobody", "no domain with matching name"), ("stopped", "not running")):
+        done = save(Domain(libvirtd, name, stopped.stepper), tmp_path / "checkpoint")
+        assert done.returncode == 1
+        assert f"libvirt:{name}: " in done.stderr
+        assert words in done.stderr
+        assert done.stderr.count("\n") == 1
+    command = [BIN / "ckptfs", "save", "--qmp", "libvirt:vm", "--libvirt-uri", "qemu+unix:///system?socket=/none"]
+    done = subprocess.run([*command, tmp_path / "checkpoint"], capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1), done
+    assert "Failed to connect socket" in done.stderr
+    with pytest.raises(VirshError):
+        libvirtd.virsh("domstate", "nobody")
+
+
+def test_nobody_borrows_the_rights_of_the_daemon(vm: Domain, mount: Mount, tmp_path: Path) -> None:
+    """libvirt asks the kernel who connects, and that is the daemon, whoever writes to ctl."""
+    mounted = mount(tmp_path / "checkpoint", f"qmp=libvirt:vm,libvirt_uri={vm.libvirtd.uri},allow_other,umask=0")
+    script = f"exec 3<>{mounted.path}/ctl; echo qmp libvirt:vm >&3 && echo stop >&3; cat <&3"
+    done = subprocess.run(["setpriv", "--reuid=65534", "--clear-groups", "bash", "-c", script],
+                          capture_output=True, text=True)  # fmt: skip
+    assert "error: " in done.stdout
+    assert "ask that user" in done.stdout
