@@ -12,6 +12,7 @@ cat vm1/ctl                                    # ok saved vm1.ckpt: 1 page, 1638
 umount vm1                                     # ends the daemon; what was not saved is lost
 
 ckptfs info vm1.ckpt                           # blocks, pages, devices, whether it is complete
+ckptfs verify vm1.ckpt                         # is it still what was saved? Every 64 KiB has a checksum
 mount.ckptfs vm1.ckpt vm1                      # at once: no RAM has been read yet
 od -A d -c -j 1M -N 16 vm1/ram/pc.ram          # RAM is a file: use od, grep, cmp, dd, mmap ...
 grep --text --only-matching --byte-offset "hello, RAM" vm1/ram/pc.ram

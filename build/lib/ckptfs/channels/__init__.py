@@ -1,0 +1,1 @@
+"""Trio and the operating system: aligned buffers, backing files, multifd channels, publication by rename."""

@@ -1,0 +1,1 @@
+"""Other people's files, known by their heads. Pure: bytes in, values out."""

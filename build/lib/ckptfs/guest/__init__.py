@@ -1,0 +1,1 @@
+"""One guest's RAM: a base checkpoint (perhaps none) overlaid with the pages written since."""

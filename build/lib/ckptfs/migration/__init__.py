@@ -1,0 +1,1 @@
+"""What should happen, in QEMU's words: addresses, capabilities, parameters, states, plans. Pure: no I/O."""
