@@ -1,1 +1,0 @@
-"""The library: what `ckptfs.open` and `ckptfs.mounted` give, for programs and for our own commands."""

@@ -1,1 +1,0 @@
-"""Other people's files, known by their heads. Pure: bytes in, values out."""

@@ -1,1 +1,0 @@
-"""One guest's RAM: a base checkpoint (perhaps none) overlaid with the pages written since."""
