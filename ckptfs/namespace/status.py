@@ -271,7 +271,7 @@ KEYS = (
     Key(
         "verify",
         "",
-        "`off`, or `on` and how many windows of 64 KiB or more have a checksum to be read by (`-o verify=on`).",
+        "`off`, or `on` and how many windows (of 64 KiB or more) have a checksum (`-o verify=on`).",
         lambda status: status.verified,
     ),
     Key(
