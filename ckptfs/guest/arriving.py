@@ -106,7 +106,7 @@ async def write_arriving(
     bitmaps = landing.bitmaps(final, image)
     await write_extents(lane, file, [*final.extents[1:], *bitmaps], options.deadline)
     await landing.sum_again(lane, file)
-    trailer = trailer_of(image, landing.summing, [*final.extents, *bitmaps])
+    trailer = await trio.to_thread.run_sync(trailer_of, image, landing.summing, [*final.extents, *bitmaps])
     await write_extents(lane, file, [(final.end_offset, trailer)], options.deadline)
     written = Written(final.header, channels.direct_io if options.direct_io.wanted else None)
     return written, _empty_epoch(head.blocks), head.header.page_size

@@ -71,8 +71,7 @@ async def write_stream(
                 await stream.append(
                     partial(_window, window, data, page_size, summing, look_for_zeros=look_for_zeros)
                 )
-        _, after = frame(replace(image, trailer=summing.in_trailer(image.trailer)))
-        await stream.append(lambda: _Records([memoryview(after)]))
+        await stream.append(partial(_end, image, summing))
     finally:
         await channels.aclose()
     return Written((stream_offset, before), direct_io=None)
@@ -120,6 +119,12 @@ def _without_data(idstr: str, pages: PagesBitmap, start: int, page_size: int) ->
     stop = min(start + _ZERO_PAGES, pages.page_count)
     zero_pages = start + np.flatnonzero(pages.expand(start, stop) == 0)
     return _Records(zero_records(idstr, zero_pages, page_size), zero_pages=zero_pages.size)
+
+
+def _end(image: Image, summing: Summing) -> _Records:
+    """What comes after the records, the trailer included."""
+    _, after = frame(replace(image, trailer=summing.in_trailer(image.trailer)))
+    return _Records([memoryview(after)])
 
 
 def _window(

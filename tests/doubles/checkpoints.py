@@ -9,6 +9,8 @@ import xxhash
 
 from ckptfs.channels.backing_file import DirectIO, FileSource, OpenedFile
 from ckptfs.channels.identity import Identity
+from ckptfs.channels.opened import open_file
+from ckptfs.channels.verifying import Verified, verify
 from ckptfs.foreign.content import read_content
 from ckptfs.guest.base import Base, BaseOptions
 from ckptfs.guest.guest import Guest
@@ -44,6 +46,14 @@ def ram_in(path: Path, stream_offset: int = 0) -> dict[str, bytes]:
                 )
             ram[block.idstr] = bytes(content)
     return ram
+
+
+def verified(path: Path) -> Verified:
+    """What `ckptfs verify` finds."""
+    with open_file(str(path)) as opened:
+        found = Verified()
+        verify(opened, found)
+        return found
 
 
 def unsummed(path: Path, stream_offset: int = 0) -> int:

@@ -16,8 +16,6 @@ from ckptfs.channels.backing_file import DirectIO, OpenedFile
 from ckptfs.channels.channels import Channel
 from ckptfs.channels.lane import Lane
 from ckptfs.channels.nursery import leading_error
-from ckptfs.channels.opened import open_file
-from ckptfs.channels.verifying import Verified, verify
 from ckptfs.errors import CheckpointError, StateError
 from ckptfs.guest import arriving
 from ckptfs.guest.arriving import write_arriving
@@ -26,6 +24,7 @@ from ckptfs.mapped_ram.layout import Image
 from ckptfs.migration.capture import Way
 from ckptfs.migration.parameters import ZeroPageDetection
 from ckptfs.qemu.capture import arriving as qemu_arriving
+from tests.doubles.checkpoints import verified
 from tests.doubles.migration_file import Block, MigrationFile
 from tests.mount.decode import decode
 
@@ -132,9 +131,8 @@ async def test_the_last_content_of_a_page_counts(
     assert progress.normal_pages == sum(map(bool, expected))
     assert (progress.total_pages, progress.remaining_pages) == (PAGE_COUNT, 0)
     assert stream.finished == ["paused"]
-    with open_file(str(tmp_path / "file")) as opened:
-        verify(opened, verified := Verified())
-    assert (verified.findings, verified.unknown) == ([], 0)
+    found = verified(tmp_path / "file")
+    assert (found.findings, found.unknown) == ([], 0)
     whole = (tmp_path / "file").read_bytes()
     for page, content in enumerate(expected):
         if not content:  # what a clear bit hides reads as zeros too: the file can be mapped

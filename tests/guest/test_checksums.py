@@ -18,20 +18,13 @@ from ckptfs.errors import CheckpointError
 from ckptfs.guest.base import BadPagesError, Base, BaseOptions
 from ckptfs.guest.guest import Guest
 from ckptfs.guest.saving import save
-from tests.doubles.checkpoints import open_base, ram_in, ram_of, save_request, unsummed
+from tests.doubles.checkpoints import open_base, ram_in, ram_of, save_request, unsummed, verified
 
 PAGE = 4096
 PAGE_COUNT = 1000
 """The last window is no whole one."""
 
 WIDTH = 16
-
-
-def verified(path: Path) -> Verified:
-    with open_file(str(path)) as opened:
-        result = Verified()
-        verify(opened, result)
-        return result
 
 
 def open_verified(path: Path) -> Base:

@@ -17,7 +17,7 @@ import pytest
 import trio
 
 from ckptfs.channels.opened import open_file
-from ckptfs.channels.verifying import Verified, verify
+from tests.doubles.checkpoints import verified
 from tests.live.machines import Machine
 from tests.mount.conftest import Mount
 from tests.mount.decode import decode
@@ -72,9 +72,8 @@ async def ticks(vm: Qemu) -> None:
 
 async def assert_is_right(target: Path, stepper: Stepper, run_state: str = "running") -> None:
     """See that the file is of one moment, that stock QEMU loads it, and that its guest goes on from there."""
-    with open_file(str(target)) as opened:
-        verify(opened, verified := Verified())
-    assert (verified.findings, verified.unknown) == ([], 0)
+    found = verified(target)
+    assert (found.findings, found.unknown) == ([], 0)
     (ram,) = (content for idstr, content in decode(target).blocks.items() if idstr == "pc.ram")
     steps(ram, LENGTH)
     async with MACHINE.anonymous(stepper) as vm:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import trio
 
+from tests.doubles.checkpoints import verified
 from tests.mount.decode import decode
 from tests.mount.harness import Mounted, unmount_by_force
 from tests.qemu.machine import Qemu
@@ -119,6 +120,8 @@ async def _judge(this: Round, target: Path, guest: Stepper) -> None:
         steps(decode(target).blocks["pc.ram"], LENGTH)
     except AssertionError as error:
         this.count("wrong bytes", str(error))
+    if (found := verified(target)).findings or found.unknown:
+        this.count("wrong bytes", f"it is not verified: {found}")
     backend = ("-object", "memory-backend-ram,id=pc.ram,size=16M")
     async with Qemu(guest, *backend, machine="pc,memory-backend=pc.ram", memory="16M", incoming="defer") as vm:
         await vm.load(target)

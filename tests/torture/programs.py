@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from random import Random
 
+from tests.doubles.checkpoints import verified
 from tests.doubles.migration_file import Block, MigrationFile
 from tests.mount.decode import decode
 from tests.mount.harness import Mounted, unmount_by_force
@@ -275,6 +276,8 @@ class Commander:
         if path.exists():
             self._this.count("looked at")
             self._judge.look(self._this, path.name, decode(path).blocks["pc.ram"].tobytes())
+            if (found := verified(path)).findings or found.unknown:
+                self._this.count("wrong bytes", f"{path.name} is not verified: {found}")
 
     def at_the_end(self) -> None:
         """Nobody is there: the last save is RAM as it was left, and reset brings that back."""
