@@ -45,6 +45,13 @@ def bitmaps(draw, page_count=PAGE_COUNT):
     return bitmap, pages
 
 
+@given(bitmaps(), st.sampled_from([1, 7, 16, 32, 64, 128, 5000]))
+def test_any_of_each(given_bitmap, width):
+    bitmap, pages = given_bitmap
+    expected = [not pages.isdisjoint(range(start, start + width)) for start in range(0, PAGE_COUNT, width)]
+    assert bitmap.any_of_each(width).tolist() == expected
+
+
 @given(bitmaps())
 def test_set_and_clear(given_bitmap):
     bitmap, pages = given_bitmap
