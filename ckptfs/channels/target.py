@@ -22,11 +22,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
-from ckptfs.channels.backing_file import BackingFile, DirectIO, OpenedFile, pread, pwrite_all
+from ckptfs.channels.backing_file import BackingFile, DirectIO, FileSource, OpenedFile, pread, pwrite_all
 from ckptfs.channels.descriptors import Descriptors, describe_address
 from ckptfs.channels.identity import Identity
 from ckptfs.channels.version import NOTHING, FileVersion
-from ckptfs.errors import CommandError, StateError, StorageError
+from ckptfs.errors import CheckpointError, CommandError, StateError, StorageError
+from ckptfs.foreign.libvirt import SaveImage, read_save_image
 from ckptfs.mapped_ram.stream import MAGIC
 from ckptfs.migration.address import FdAddress, SeekableAddress
 
@@ -52,6 +53,11 @@ class Target(Protocol):
     @property
     def file(self) -> BackingFile:
         """The file to write into."""
+        ...
+
+    @property
+    def save_image(self) -> SaveImage | None:
+        """What libvirt's header says in the file that is replaced; None if there is no such header."""
         ...
 
     def keep_prefix(self) -> None:
@@ -88,6 +94,7 @@ class HandedTarget:
         self._stream_offset = stream_offset
         self._descriptors = descriptors
         self._begun = self._ended = False
+        self.save_image: SaveImage | None = None
         self.published: FileVersion | None = None
 
     def keep_prefix(self) -> None:
@@ -158,6 +165,7 @@ class PathTarget:
         self._expected = expected
         self._any_content = any_content
         self.published: FileVersion | None = None
+        self.save_image: SaveImage | None = None
         self._stream_offset = stream_offset
         self._identity = identity
         self._ended = False
@@ -341,7 +349,13 @@ class PathTarget:
         raise StateError(f"{self.path}: {problem}: {_WAYS_OUT}", errno.ESTALE)
 
     def _check_content(self, fd: int) -> None:
-        if os.fstat(fd).st_size > self._stream_offset and pread(fd, 4, self._stream_offset) != MAGIC.to_bytes(4):
+        if os.fstat(fd).st_size <= self._stream_offset:
+            return
+        try:
+            self.save_image = read_save_image(FileSource(fd), self._stream_offset)
+        except CheckpointError as error:
+            raise error.of_file(self.path) from None
+        if self.save_image is None and pread(fd, 4, self._stream_offset) != MAGIC.to_bytes(4):
             where = f" at byte {self._stream_offset:#x}" if self._stream_offset else ""
             raise CommandError(
                 f"{self.path}: exists and holds no checkpoint{where}; remove it or save to another name",

@@ -111,6 +111,12 @@ COMMANDS = (
                 metavar="SOCKET|libvirt:NAME",
                 help="save the machine behind it (QEMU's -qmp unix:SOCKET, or a domain of libvirt) to FILE",
             ),
+            argument(
+                "--format",
+                choices=("mapped-ram", "libvirt"),
+                default="mapped-ram",
+                help="libvirt: write a save image, which `virsh restore` loads",
+            ),
             argument("--libvirt-uri", metavar="URI", help="where libvirt is (default: as for virsh)"),
             argument(
                 "--capture",
@@ -301,15 +307,19 @@ COMMANDS = (
         "export",
         "write memory in another tool's format",
         "Write the memory of a checkpoint or a mount to OUT: raw is a flat image by guest-physical address, elf a"
-        " core for gdb, crash, drgn and makedumpfile, lime an image for volatility3, and mapped-ram a clean and"
-        " compact checkpoint. Only pages with data are read; elsewhere OUT has holes. OUT appears under its name"
-        " when it is complete, and replaces a file of that name (mapped-ram: only a checkpoint). - writes to a"
-        " pipe.",
+        " core for gdb, crash, drgn and makedumpfile, lime an image for volatility3, mapped-ram a clean and"
+        " compact checkpoint, and libvirt one for `virsh restore`."
+        " Only pages with data are read; elsewhere OUT has holes. OUT appears under its name"
+        " when it is complete, and replaces a file of that name (mapped-ram, libvirt: only a checkpoint). -"
+        " writes to a pipe.",
         (
             argument("path", metavar="FILE_OR_DIR", help="a checkpoint, or where one is mounted"),
             argument("out", metavar="OUT", help="the file to write, or - for standard output"),
             argument(
-                "--format", required=True, choices=("raw", "elf", "lime", "mapped-ram"), help="the format of OUT"
+                "--format",
+                required=True,
+                choices=("raw", "elf", "lime", "mapped-ram", "libvirt"),
+                help="the format of OUT",
             ),
             argument(
                 "--map",

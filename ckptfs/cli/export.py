@@ -41,7 +41,9 @@ from ckptfs.namespace.names import encode_name
 from ckptfs.physical.layouts import Extent, Layout, flat, lime_image
 from ckptfs.physical.memory_map import MemoryMap, Region
 
-FORMATS = ("raw", "elf", "lime", "mapped-ram")
+FORMATS = ("raw", "elf", "lime", "mapped-ram", "libvirt")
+_CHECKPOINTS = ("mapped-ram", "libvirt")
+"""Those that a save writes."""
 _VIEWS = {"raw": "phys", "elf": "vmcore", "lime": "phys"}
 """The view that has the bytes, or the memory map, of a format."""
 
@@ -64,14 +66,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Raise CommandError for what can't be meant."""
-    if arguments.map and arguments.format == "mapped-ram":
-        raise CommandError("--map: a mapped-ram file has blocks, and no addresses")
+    if arguments.map and arguments.format in _CHECKPOINTS:
+        raise CommandError("--map: a checkpoint has blocks, and no addresses")
     if arguments.out != "-":
         if os.path.exists(arguments.path) and _is_same(arguments.path, arguments.out):
             raise CommandError(f"{arguments.out}: is what is exported: name another file")
         return
-    if arguments.format == "mapped-ram":
-        raise CommandError("-: a mapped-ram file is not written from front to back: name a file")
+    if arguments.format in _CHECKPOINTS:
+        raise CommandError("-: a checkpoint is not written from front to back: name a file")
     if arguments.json:
         raise CommandError("--json: would go between the bytes on standard output: name a file")
     if os.isatty(sys.stdout.fileno()):
@@ -103,8 +105,9 @@ def _export(arguments: argparse.Namespace, display: Display) -> str:
 async def _export_file(opening: "partial[Base]", out: str, arguments: argparse.Namespace, display: Display) -> str:
     guest = Guest.incoming(opening())
     try:
-        if arguments.format == "mapped-ram":
-            return await save_shown(guest, FileMigrationArgs(out, 0), display)
+        if arguments.format in _CHECKPOINTS:
+            libvirt = arguments.format == "libvirt"
+            return await save_shown(guest, FileMigrationArgs(out, 0), display, libvirt=libvirt)
         layout = await _layout_of(guest, arguments)
         return await _write(layout, GuestMemory(guest), out, -1, display)
     finally:
@@ -126,10 +129,10 @@ async def _layout_of(guest: Guest, arguments: argparse.Namespace) -> Layout:
 
 def _export_mount(directory: str, out: str, kind: str, display: Display) -> str:
     status = read_status(directory)
-    if kind == "mapped-ram":
+    if kind in _CHECKPOINTS:
         if status["base"] is not None and _is_same(status["base"], out):
             raise CommandError(f"{out}: is what is mounted: name another file, or `ckptfs save {directory}`")
-        return perform(directory, f"save {shlex.quote(out)}", display)
+        return perform(directory, f"save {shlex.quote(out)}{' libvirt' if kind == 'libvirt' else ''}", display)
     with _MountedMemory(directory, kind, status) as memory:
         device = os.stat(directory).st_dev
         if status["base"] is not None and _is_same(status["base"], out):

@@ -12,6 +12,7 @@ def save(arguments: argparse.Namespace) -> int:
     """Write a checkpoint."""
     words = [target_of(arguments.target)] if arguments.target else []
     words += [word for word in ("ram-only", "force") if getattr(arguments, word.replace("-", "_"))]
+    words += ["libvirt"] if arguments.format == "libvirt" else []
     return _run(arguments, "save", *words)
 
 

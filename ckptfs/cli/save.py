@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 from collections.abc import AsyncIterator
+from functools import partial
 
 import trio
 
@@ -50,27 +51,35 @@ def run(arguments: argparse.Namespace) -> int:
         address = parse_monitor(arguments.qmp, arguments.libvirt_uri)
         if isinstance(address, QMPSocket):
             address = QMPSocket(os.path.abspath(address.path))
-        answer = trio.run(save_machine, address, target, capture, display)
+        libvirt = arguments.format == "libvirt"
+        answer = trio.run(partial(save_machine, address, target, capture, display, libvirt=libvirt))
     tell(arguments, answer)
     return 0
 
 
 async def save_machine(
-    address: MonitorAddress, target: FileMigrationArgs, capture: CaptureOptions, display: Display
+    address: MonitorAddress,
+    target: FileMigrationArgs,
+    capture: CaptureOptions,
+    display: Display,
+    *,
+    libvirt: bool = False,
 ) -> str:
     """Save the machine whose monitor is at an address; return one line that says what was done.
+
+    ``libvirt``: as a save image of libvirt.
 
     Raises CommandError, StateError, QemuError, StorageError or OSError; its guest runs on, whatever comes.
     """
     machine = Machine(address, Identity.of_daemon())
     guest = Guest(Settings(MigrationParameters(), capture=capture), Machines(machine))
     try:
-        return await save_shown(guest, target, display)
+        return await save_shown(guest, target, display, libvirt=libvirt)
     finally:
         guest.close()
 
 
-async def save_shown(guest: Guest, target: FileMigrationArgs, display: Display) -> str:
+async def save_shown(guest: Guest, target: FileMigrationArgs, display: Display, *, libvirt: bool = False) -> str:
     """Save a guest that is not mounted, and show how it goes; return one line that says what was done.
 
     SIGINT, SIGTERM and SIGHUP cancel it, and nothing is left. Raises what `save` does; a former file is then as it
@@ -81,7 +90,7 @@ async def save_shown(guest: Guest, target: FileMigrationArgs, display: Display) 
             nursery.start_soon(_cancel_on_signal, guest, signals, display)
             nursery.start_soon(_show, guest, display)
             try:
-                return await save(guest, SaveRequest(target, Identity.of_daemon()))
+                return await save(guest, SaveRequest(target, Identity.of_daemon(), libvirt=libvirt))
             finally:
                 nursery.cancel_scope.cancel()
 

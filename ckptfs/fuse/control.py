@@ -140,7 +140,7 @@ class Control:
             raise CommandError("there is no file behind this mount (none): say where to save, as in `save /PATH`")
         address = _absolute(target, identity)
         known = self._known if _same_path(address, self._spec) else None
-        return SaveRequest(address, identity, command.ram_only, known, command.force)
+        return SaveRequest(address, identity, command.ram_only, known, command.force, command.libvirt)
 
     def _go_on(self, what: str, work: Callable[[], Awaitable[str]], begun: trio.Event | None = None) -> None:
         """Run something that nobody waits for; its outcome is in status and in the log, whatever becomes of it."""

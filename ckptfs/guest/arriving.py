@@ -140,7 +140,8 @@ async def _finish(arriving: Arriving, rest: bytes) -> Image:
     device_state = read_device_state(source, checkpoint)
     if arriving.run_state is not None:
         device_state = with_run_state(device_state, checkpoint, arriving.run_state)
-    return image_of(checkpoint, read_setup(source, checkpoint), device_state)
+    image = image_of(checkpoint, read_setup(source, checkpoint), device_state)
+    return replace(image, run_state=arriving.run_state or checkpoint.run_state)
 
 
 def _empty_epoch(blocks: tuple[RAMBlock, ...]) -> Epoch:

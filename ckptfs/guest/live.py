@@ -2,6 +2,7 @@
 
 import errno
 from collections.abc import Collection
+from dataclasses import replace
 
 from ckptfs.errors import QemuError
 from ckptfs.guest.block import PageStack
@@ -32,7 +33,7 @@ def compose(capture: Capture[Epoch], blocks: Collection[str]) -> tuple[Epoch, Im
         block.idstr: _stack_of(stream, source, block) for block in checkpoint.blocks if block.idstr not in frozen
     }
     device_state = with_run_state(read_device_state(source, checkpoint), checkpoint, capture.run_state)
-    image = image_of(checkpoint, read_setup(source, checkpoint), device_state)
+    image = replace(image_of(checkpoint, read_setup(source, checkpoint), device_state), run_state=capture.run_state)
     return Epoch(frozen | carried, capture.epoch.base, frozenset(carried)), image
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from ckptfs.channels.backing_file import BackingFile, DirectIO
+from ckptfs.channels.backing_file import DirectIO
 from ckptfs.channels.channels import BACKING_DEADLINE, CLOSING_DEADLINE, NoAnswerError
 from ckptfs.channels.descriptors import describe_address
 from ckptfs.channels.identity import Identity
@@ -22,6 +22,7 @@ from ckptfs.channels.lane import Lane
 from ckptfs.channels.target import Target, open_target
 from ckptfs.channels.version import FileVersion, KnownFile
 from ckptfs.errors import QemuError, StateError
+from ckptfs.foreign.libvirt import Domain
 from ckptfs.guest.arriving import write_arriving
 from ckptfs.guest.base import Base
 from ckptfs.guest.block import GuestBlock
@@ -56,7 +57,8 @@ class SaveRequest:
     """Where to save (a path is absolute), as whom, and whether RAM alone is meant though there is device state.
 
     ``known`` is what has to be there now, and is told what is there afterwards; None for a place that nothing is
-    known of. ``force``: whatever is there may be another version.
+    known of. ``force``: whatever is there may be another version. ``libvirt``: as a save image of libvirt, as
+    is whatever replaces one.
     """
 
     address: SeekableAddress
@@ -64,6 +66,7 @@ class SaveRequest:
     ram_only: bool = False
     known: KnownFile | None = None
     force: bool = False
+    libvirt: bool = False
 
     @property
     def expected(self) -> FileVersion | None:
@@ -131,7 +134,7 @@ async def _save_to(guest: Guest, lane: Lane, target: Target, request: SaveReques
     carried: list[Layer] = []
     try:
         write = _write_machine if await _machine_has_own_ram(guest, request) else _write_moment
-        epoch, fresh, written = await write(guest, lane, target.file, request, migration, carried)
+        epoch, fresh, written = await write(guest, lane, target, request, migration, carried)
         guest.note_direct_io(target.path, written.direct_io)
         migration.advance(MigrationStatus.DEVICE)
         # no await in between: what has its name is the base, whoever cancels
@@ -150,7 +153,7 @@ _Saved = tuple[Epoch, dict[str, GuestBlock], Written]
 
 
 async def _write_moment(
-    guest: Guest, lane: Lane, file: BackingFile, request: SaveRequest, migration: Migration, carried: list[Layer]
+    guest: Guest, lane: Lane, target: Target, request: SaveRequest, migration: Migration, carried: list[Layer]
 ) -> _Saved:
     """Begin an epoch, and write it while everybody goes on; ``carried`` gets the layers that it takes."""
     epoch, image = await _begin_epoch(guest, request)
@@ -158,12 +161,14 @@ async def _write_moment(
     image = _configured(guest, image, epoch)
     migration.advance(MigrationStatus.ACTIVE)
     write = write_checkpoint if guest.settings.capabilities.mapped_ram else write_stream
-    offset, options = request.stream_offset, _save_options(guest)
-    return epoch, fresh, await write(lane, file, offset, image, epoch, options, migration.progress)
+    domain = _domain_of(guest, request, target, image.trailer)
+    offset, options = request.stream_offset + _head_length(domain), _save_options(guest)
+    written = await write(lane, target.file, offset, image, epoch, options, migration.progress)
+    return epoch, fresh, _as_save_image(written, domain, image)
 
 
 async def _write_machine(
-    guest: Guest, lane: Lane, file: BackingFile, request: SaveRequest, migration: Migration, carried: list[Layer]
+    guest: Guest, lane: Lane, target: Target, request: SaveRequest, migration: Migration, carried: list[Layer]
 ) -> _Saved:
     """Write a machine whose RAM is its own, as QEMU sends it."""
     machine, capabilities = guest.machines.bound, guest.settings.capabilities
@@ -172,18 +177,22 @@ async def _write_machine(
         name, state = ("x-ignore-shared", "off") if capabilities.x_ignore_shared else ("mapped-ram", "on")
         raise StateError(f"a machine whose RAM is not on this mount is saved as a whole: switch {name} {state}")
 
+    images: list[Image] = []  # the last one is that of the whole machine
+
     def configure(image: Image) -> Image:
-        return _with_capabilities(guest, replace(image, trailer=trailer))
+        images.append(_with_capabilities(guest, replace(image, trailer=trailer)))
+        return images[-1]
 
     async with machine.monitor() as monitor:
         trailer = await _trailer_of_machine(guest, monitor)
+        domain = _domain_of(guest, request, target, trailer)
         async with arriving(monitor, guest.settings.capture) as stream:
             migration.way = stream.way
             migration.advance(MigrationStatus.ACTIVE)
             written, epoch, page_size = await write_arriving(
                 lane,
-                file,
-                request.stream_offset,
+                target.file,
+                request.stream_offset + _head_length(domain),
                 stream,
                 partial(_accept_blocks, guest),
                 configure,
@@ -192,7 +201,39 @@ async def _write_machine(
             )
     migration.downtime = stream.downtime
     guest.machines.note_own_ram(True)
-    return epoch, _fresh_blocks(epoch, page_size, carried), written
+    return epoch, _fresh_blocks(epoch, page_size, carried), _as_save_image(written, domain, images[-1])
+
+
+def _domain_of(guest: Guest, request: SaveRequest, target: Target, trailer: Trailer) -> Domain | None:
+    """The domain whose save image the file is to be; None for a checkpoint of ours.
+
+    Raises StateError where there is no whole machine, or libvirt's XML of it is not known.
+    """
+    former = target.save_image
+    if former is None and not request.libvirt:
+        return None
+    if request.ram_only or not (guest.has_device_state or guest.machines.bound is not None):
+        raise StateError("a save image of libvirt is a whole machine, and this would be RAM alone", errno.EINVAL)
+    domain = Domain.of(trailer) or (None if former is None else former.domain)
+    if domain is None:
+        raise StateError(
+            "libvirt's XML of this machine is not known: bind it as a domain (qmp libvirt:NAME), and save",
+            errno.EINVAL,
+        )
+    return domain
+
+
+def _head_length(domain: Domain | None) -> int:
+    return 0 if domain is None else len(domain.head(was_running=False, mapped_ram=False))
+
+
+def _as_save_image(written: Written, domain: Domain | None, image: Image) -> Written:
+    """The same with libvirt's head before the stream's header: it is written last of all, too."""
+    if domain is None:
+        return written
+    head = domain.head(was_running=image.run_state == "running", mapped_ram=MAPPED_RAM in image.capabilities)
+    offset, header = written.header
+    return replace(written, header=(offset - len(head), head + header))
 
 
 def _accept_blocks(guest: Guest, head: Head) -> None:

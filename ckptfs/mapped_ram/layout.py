@@ -49,7 +49,8 @@ class Image:
     ``subsections`` are verbatim configuration subsections, without the ``capabilities``. ``blocks`` are in stream
     order; wherever their pages were before does not matter, and those that are ``ignored`` stay out. ``setup``
     holds the early FULL sections, and ``device_state`` everything after the RAM section: sections, EOF,
-    VMDESCRIPTION; both verbatim. If ``opaque``, only QEMU can tell where that ends, and the ``trailer`` stays out.
+    VMDESCRIPTION; both verbatim. ``run_state`` is the one in it, None without one. If ``opaque``, only QEMU knows
+    where it ends, and the ``trailer`` stays out.
     """
 
     machine: str
@@ -64,6 +65,7 @@ class Image:
     bitmap_byteorder: Byteorder = "little"
     opaque: bool = False
     trailer: Trailer = NO_TRAILER
+    run_state: str | None = None
 
     def configured(
         self, capabilities: tuple[str, ...], uuid: UUID | None, ignored: Collection[str] = ()
@@ -176,6 +178,7 @@ def image_of(checkpoint: Checkpoint, setup: bytes, device_state: bytes, trailer:
         bitmap_byteorder=checkpoint.bitmap_byteorder,
         opaque=checkpoint.opaque,
         trailer=trailer,
+        run_state=checkpoint.run_state,
     )
 
 

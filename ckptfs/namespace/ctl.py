@@ -33,13 +33,15 @@ COMMAND_LENGTH_MAX = 4096
 class Save:
     """``save`` and ``migrate``. ``target`` None is the mount's own file; ``nowait``: go on in the background.
 
-    ``force``: the mount's own file may be replaced though it is not the one that the mount knows.
+    ``force``: the mount's own file may be replaced though it is not the one that the mount knows. ``libvirt``: as a
+    save image of libvirt.
     """
 
     target: SeekableAddress | None = None
     nowait: bool = False
     ram_only: bool = False
     force: bool = False
+    libvirt: bool = False
 
 
 @dataclass(frozen=True)
@@ -281,7 +283,7 @@ def _alone(command: Command) -> Callable[[str], Command]:
     return parse
 
 
-_SAVE_SWITCHES = ("nowait", "ram-only", "force")
+_SAVE_SWITCHES = ("nowait", "ram-only", "force", "libvirt")
 
 
 def _parse_save(rest: str) -> Command:
@@ -294,7 +296,9 @@ def _parse_save(rest: str) -> Command:
     if len(targets) > 1:
         raise CommandError("save takes one target: quote a path with spaces, as in a shell")
     target = targets[0] if targets else None
-    return Save(target, "nowait" in switches, "ram-only" in switches, "force" in switches)
+    return Save(
+        target, "nowait" in switches, "ram-only" in switches, "force" in switches, libvirt="libvirt" in switches
+    )
 
 
 def _save_target(word: str) -> SeekableAddress:
@@ -405,11 +409,12 @@ def _one(rest: str) -> str:
 GRAMMAR = (
     Grammar(
         ("save",),
-        "[URI or PATH] [nowait] [ram-only] [force]",
+        "[URI or PATH] [nowait] [ram-only] [force] [libvirt]",
         "Write a checkpoint to the mounted file, or to the given place. The write returns when the checkpoint is"
         " on disk under its final name; with `nowait`, at once (follow it in `status`). `ram-only` leaves out the"
         " device state. The mounted file is replaced only if it is still the one that this mount came from or"
-        " last wrote (otherwise ESTALE); `force` replaces it anyway.",
+        " last wrote (otherwise ESTALE); `force` replaces it anyway. `libvirt` makes a save image for `virsh"
+        " restore`; so does a save over one.",
         _parse_save,
     ),
     Grammar(
