@@ -1,7 +1,7 @@
 """RAM blocks as buffers, filled when they are looked at; and physical memory made of them."""
 
 import mmap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -139,12 +139,20 @@ class PhysicalMemory:
         """Bytes from ``address`` on. Raises CheckpointError where there is no RAM; what a block's `read` does."""
         return seen(physical(self.map, address, length), self._read)
 
-    def address_of(self, idstr: str, block_offset: int) -> int | None:
-        """Where a byte of a block is seen; None if nowhere."""
-        for region in self.regions:
-            if region.idstr == idstr and 0 <= block_offset - region.block_offset < region.length:
-                return region.start + block_offset - region.block_offset
-        return None
+    def places(self, idstr: str, block_offset: int, length: int) -> Iterator[tuple[int, int, int | None]]:
+        """Where bytes of a block are seen: (block_offset, length, address) of each piece, None if nowhere."""
+        stop = block_offset + length
+        regions = [region for region in self.regions if region.idstr == idstr]
+        for region in sorted(regions, key=lambda region: region.block_offset):
+            start, end = max(region.block_offset, block_offset), min(region.block_offset + region.length, stop)
+            if start >= end:
+                continue
+            if block_offset < start:
+                yield block_offset, start - block_offset, None
+            yield start, end - start, region.start + start - region.block_offset
+            block_offset = end
+        if block_offset < stop:
+            yield block_offset, stop - block_offset, None
 
     def _read(self, place: Place) -> bytes:
         return read_place(self.blocks, place)

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from ckptfs.channels.backing_file import FileSource, pread_exactly
 from ckptfs.errors import CheckpointError, StorageError
 from ckptfs.foreign.content import Content, read_content
-from ckptfs.mapped_ram.bitmap import PagesBitmap
+from ckptfs.mapped_ram.bitmap import PagesBitmap, Run
 from ckptfs.mapped_ram.checkpoint import Checkpoint
 from ckptfs.mapped_ram.ramblock import RAMBlock
 from ckptfs.mapped_ram.trailer import Trailer
@@ -61,13 +61,21 @@ class Opened:
         StorageError or CheckpointError where the file has become shorter, OSError.
         """
         page_size, file_bmap = block.page_size, self.content.file_bmaps[block.idstr]
-        if self.content.stream is not None and file_bmap.any(start, stop):
+        if not file_bmap.any(start, stop):
+            return np.zeros((stop - start) * page_size, np.uint8)
+        if self.content.stream is not None:
             return self.content.stream.read_pages(FileSource(self.fd), block.idstr, start, stop).reshape(-1)
-        pages = np.zeros((stop - start) * page_size, np.uint8)
-        for run in file_bmap.runs(start, stop):
-            assert block.pages_offset is not None
-            part = pages[(run.start - start) * page_size : (run.stop - start) * page_size]
-            pread_exactly(self.fd, part.data, block.pages_offset + run.start * page_size)
+        assert block.pages_offset is not None
+        pages = np.empty((stop - start) * page_size, np.uint8)
+        runs = list(file_bmap.runs(start, stop))
+        first, last = runs[0].start, runs[-1].stop
+        part = pages[(first - start) * page_size : (last - start) * page_size]
+        # One read, over holes and old bytes: that costs less than a read for each run.
+        pread_exactly(self.fd, part.data, block.pages_offset + first * page_size)
+        position = start
+        for run in (*runs, Run(stop, stop)):
+            pages[(position - start) * page_size : (run.start - start) * page_size] = 0
+            position = run.stop
         return pages
 
     def distrust(self) -> str | None:

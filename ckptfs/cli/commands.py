@@ -229,6 +229,21 @@ COMMANDS = (
         "ckptfs.cli.info:run",
     ),
     Command(
+        "diff",
+        "compare the memory of two checkpoints or mounts",
+        "Show which pages differ between A and B, in runs, by RAM block and by guest-physical address. Each is a "
+        "checkpoint (PATH, or file:PATH,offset=SIZE), a plain stream, or where one is mounted, with or without a "
+        "guest. Pages that neither has data for are not read. Exit code: 0 equal, 1 different, 2 trouble, as of "
+        "diff(1).",
+        (
+            argument("a", metavar="A", help="a checkpoint, or where one is mounted"),
+            argument("b", metavar="B", help="what it is compared with"),
+            argument("-q", "--quiet", action="store_true", help="say nothing, and stop at the first difference"),
+            argument("--json", action="store_true", help="print one JSON object"),
+        ),
+        "ckptfs.cli.diff:run",
+    ),
+    Command(
         "qemu-args",
         "print the arguments that start QEMU on a mount or a file",
         "Print the arguments that make a mount QEMU's memory: qemu-system-x86_64 $(ckptfs qemu-args DIR) ... Add"

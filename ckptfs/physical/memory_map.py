@@ -99,6 +99,19 @@ class MemoryMap:
         return cls(tuple(regions), text.partition("\n")[0].removeprefix("# known from "))
 
 
+def read_map(text: str) -> MemoryMap:
+    """The map that `MemoryMap.text` has written; what else is in it is passed over."""
+    head, *lines = text.splitlines() or [""]
+    regions = []
+    for line in lines:
+        start, _, rest = line.partition(" ")
+        length, _, rest = rest.partition(" ")
+        idstr, _, offset = rest.rpartition(" ")
+        if idstr:
+            regions.append(Region(int(start, 16), int(length, 16), idstr, int(offset, 16)))
+    return MemoryMap(tuple(regions), head.removeprefix("# known from "))
+
+
 def parse_map(entries: Sequence[str], blocks: Mapping[str, RAMBlock]) -> MemoryMap:
     """The map that a user gave: ``ID@ADDR[+LEN][:OFFSET]`` each. Raises CommandError, naming the entry."""
     regions = []

@@ -92,12 +92,24 @@ def test_physical_memory_by_a_map_of_ones_own(tmp_path: Path) -> None:
     with ckptfs.open(tmp_path / "ckpt", map=["pc.ram@1M"]) as checkpoint:
         assert checkpoint.physical.regions == ((1 << 20, 2000 * 4096, "pc.ram", 0),)
         assert checkpoint.physical.read((1 << 20) + 5 * 4096, 5) == b"sixth"
-        assert checkpoint.physical.address_of("pc.ram", 4096) == (1 << 20) + 4096
-        assert checkpoint.physical.address_of("vga.vram", 0) is None
+        assert list(checkpoint.physical.places("vga.vram", 0, 5)) == [(0, 5, None)]
         with pytest.raises(CheckpointError, match="there is no RAM at 0xfffff"):
             checkpoint.physical.read((1 << 20) - 1, 2)
     with ckptfs.open(tmp_path / "ckpt") as checkpoint, pytest.raises(CheckpointError, match="is not known"):
         _ = checkpoint.physical
+
+
+def test_where_bytes_of_a_block_are_seen(tmp_path: Path) -> None:
+    SOUND.write(tmp_path / "ckpt")
+    with ckptfs.open(tmp_path / "ckpt", map=["pc.ram@4G+64k:1M", "pc.ram@0+64k:64k"]) as checkpoint:
+        assert list(checkpoint.physical.places("pc.ram", 0, 2000 * 4096)) == [
+            (0, 64 << 10, None),
+            (64 << 10, 64 << 10, 0),
+            (128 << 10, (1 << 20) - (128 << 10), None),
+            (1 << 20, 64 << 10, 4 << 30),
+            ((1 << 20) + (64 << 10), 2000 * 4096 - (1 << 20) - (64 << 10), None),
+        ]
+        assert list(checkpoint.physical.places("pc.ram", 70 << 10, 4096)) == [(70 << 10, 4096, 6 << 10)]
 
 
 def test_devices_by_name(tmp_path: Path) -> None:

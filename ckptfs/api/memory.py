@@ -1,0 +1,118 @@
+"""The memory that is in a checkpoint, or mounted on a directory: blocks, and where they are in physical memory."""
+
+import os
+from collections.abc import Mapping
+from functools import cached_property
+from types import TracebackType
+from typing import Protocol, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from ckptfs.api.blocks import Block, Pages, PhysicalMemory
+from ckptfs.api.checkpoint import open_checkpoint
+from ckptfs.api.status import is_dead_mount, read_status
+from ckptfs.channels.backing_file import pread_exactly
+from ckptfs.errors import CommandError, StateError
+from ckptfs.mapped_ram.bitmap import PagesBitmap
+from ckptfs.migration.address import FdAddress, parse_target, seekable_file
+from ckptfs.namespace.names import decode_name
+from ckptfs.physical.memory_map import read_map
+
+_STATES_LENGTH = 1 << 20
+
+
+class Memory(Protocol):
+    """RAM that can be read, until it is closed."""
+
+    path: str
+
+    @property
+    def blocks(self) -> Mapping[str, Block]:
+        """By idstr."""
+        ...
+
+    @property
+    def physical(self) -> PhysicalMemory:
+        """By guest-physical address. Raises CkptfsError where that is not known."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...
+
+
+class MountedMemory:
+    """What is mounted on a directory, through its files: a guest may run on it, and write while it is read."""
+
+    def __init__(self, directory: str) -> None:
+        """Raises StateError where nothing is mounted, OSError."""
+        self.path = directory
+        self._status = read_status(directory)
+        self._files: list[int] = []
+        try:
+            blocks = [self._block(block["file"], block["page-size"]) for block in self._status["blocks"]]
+        except BaseException:
+            self.close()
+            raise
+        self.blocks = {block.idstr: block for block in blocks}
+
+    def _block(self, name: str, page_size: int) -> Block:
+        file = os.open(os.path.join(self.path, name), os.O_RDONLY | os.O_CLOEXEC)
+        self._files.append(file)
+        with_data = PagesBitmap(os.fstat(file).st_size // page_size)
+        states = self.states(name)
+        with_data.set_mask(0, states != 0)
+
+        def read_pages(start: int, stop: int) -> Pages:
+            pages = np.empty((stop - start) * page_size, np.uint8)
+            pread_exactly(file, pages.data, start * page_size)
+            return pages
+
+        return Block(decode_name(os.fsencode(os.path.basename(name))), page_size, with_data, read_pages)
+
+    def states(self, name: str) -> npt.NDArray[np.uint8]:
+        """What pages/ says of each page of ``ram/NAME``: 0 zeros, 1 in the checkpoint, 2 read, 3 written."""
+        with open(os.path.join(self.path, "pages", os.path.basename(name)), "rb", buffering=0) as file:
+            parts = list(iter(lambda: file.read(_STATES_LENGTH), b""))
+        return np.frombuffer(b"".join(parts), np.uint8)
+
+    @cached_property
+    def physical(self) -> PhysicalMemory:
+        """By guest-physical address, as views/map tells. Raises StateError where there is none."""
+        try:
+            with open(os.path.join(self.path, "views", "map"), encoding="utf-8", errors="surrogateescape") as file:
+                return PhysicalMemory(read_map(file.read()), self.blocks)
+        except FileNotFoundError:
+            why = self._status.get("views-missing") or "it has no views"
+            raise StateError(f"{self.path}: where its RAM lies is not known: {why}") from None
+
+    def close(self) -> None:
+        """Close the files."""
+        while self._files:
+            os.close(self._files.pop())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_memory(place: str) -> Memory:
+    """Open the memory at ``place``: a mount's directory, PATH, or ``file:PATH,offset=SIZE``.
+
+    Raises what `ckptfs.open` does, and StateError for a directory on which nothing is mounted.
+    """
+    if os.path.isdir(place) or is_dead_mount(place):
+        return MountedMemory(place)
+    if not place.startswith("file:"):
+        return open_checkpoint(place)
+    address = seekable_file(parse_target(place))
+    if isinstance(address, FdAddress):
+        raise CommandError(f"{place}: name a file")
+    return open_checkpoint(address.filename, offset=address.offset)
