@@ -67,15 +67,15 @@ def run(arguments: argparse.Namespace) -> int:
 def _check(arguments: argparse.Namespace) -> None:
     """Raise CommandError for what can't be meant."""
     if arguments.map and arguments.format in _CHECKPOINTS:
-        raise CommandError("--map: a checkpoint has blocks, and no addresses")
+        raise CommandError("--map: a checkpoint has blocks, not addresses: leave it out")
     if arguments.out != "-":
         if os.path.exists(arguments.path) and _is_same(arguments.path, arguments.out):
-            raise CommandError(f"{arguments.out}: is what is exported: name another file")
+            raise CommandError(f"{arguments.out}: is the file to be exported: name another file")
         return
     if arguments.format in _CHECKPOINTS:
-        raise CommandError("-: a checkpoint is not written from front to back: name a file")
+        raise CommandError("-: a checkpoint can't be written to a pipe: name a file")
     if arguments.json:
-        raise CommandError("--json: would go between the bytes on standard output: name a file")
+        raise CommandError("--json: standard output is taken by the export: name a file")
     if os.isatty(sys.stdout.fileno()):
         raise CommandError("-: standard output is a terminal: send it to a pipe, or name a file")
 
@@ -91,7 +91,7 @@ def _export(arguments: argparse.Namespace, display: Display) -> str:
     out = arguments.out if arguments.out == "-" else os.path.realpath(arguments.out)
     if os.path.isdir(arguments.path) or is_dead_mount(arguments.path):
         if arguments.map or arguments.offset:
-            raise CommandError("--map and --offset are for a FILE: a mount has been given them")
+            raise CommandError("--map and --offset are for a FILE; for a mount they are mount options")
         return _export_mount(arguments.path, out, arguments.format, display)
     address = FileMigrationArgs(os.path.abspath(arguments.path), arguments.offset)
     options = BaseOptions(DirectIO(False), _CHANNELS)
@@ -260,7 +260,7 @@ async def _write(layout: Layout, memory: Memory, out: str, forbidden_device: int
         with trio.CancelScope(shield=True):
             await trio.to_thread.run_sync(output.discard)
     if not whole:
-        raise StateError(f"{out}: interrupted: nothing of it is left", errno.ECANCELED)
+        raise StateError(f"{out}: interrupted: the incomplete file was removed", errno.ECANCELED)
     return f"exported {out}: {format_size(layout.length)}, {format_size(exported.done)} read"
 
 

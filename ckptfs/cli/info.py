@@ -72,9 +72,7 @@ def _xml(path: str, offset: int) -> str:
     with open_file(path, offset) as opened:
         domain = Domain.of(opened.trailer)
     if domain is None:
-        raise StateError(
-            f"{path}: knows no domain of libvirt: it is no save image, nor was it saved through libvirt"
-        )
+        raise StateError(f"{path}: has no XML: it is no save image of libvirt, and was not saved through libvirt")
     return domain.xml
 
 

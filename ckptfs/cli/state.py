@@ -40,8 +40,10 @@ def describe(path: str, arguments: argparse.Namespace) -> Document:
     """What is asked for of the checkpoint at ``path``."""
     if os.path.isdir(path) or is_dead_mount(path):
         base = read_status(path)["base"]
-        where = "which has no checkpoint yet" if base is None else f"name its checkpoint: {base}"
-        raise StateError(f"{path}: registers and devices are not told of a mount, {where}")
+        where = "it has no checkpoint yet" if base is None else f"name its checkpoint: {base}"
+        raise StateError(
+            f"{path}: only a checkpoint has registers and devices to show, and this is a mount: {where}"
+        )
     with open_checkpoint(path, offset=arguments.offset) as checkpoint:
         document: Document = {"file": path, "machine": printable(checkpoint.machine)}
         if arguments.registers:

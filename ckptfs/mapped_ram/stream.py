@@ -354,7 +354,7 @@ def encode_vmdescription(vmdesc: bytes) -> bytes:
 def _read_machine(cursor: Cursor) -> str:
     length = cursor.be32("the machine name")
     if length > MAX_MACHINE_LENGTH:
-        raise CheckpointError(f"a machine name of {length} bytes is not believable", cursor.position - 4)
+        raise CheckpointError(f"a machine name of {length} bytes is not plausible", cursor.position - 4)
     return decode_idstr(cursor.take(length, "the machine name"))
 
 
@@ -375,7 +375,7 @@ def _read_subsection(cursor: Cursor) -> tuple[bytes, bytes]:
     elif name == _CAPABILITIES:
         count = cursor.be32(what)
         if count > 255:
-            raise CheckpointError(f"{count} capabilities are not believable", payload_offset)
+            raise CheckpointError(f"{count} capabilities are not plausible", payload_offset)
         for _ in range(count):
             cursor.skip(cursor.u8(what), what)
     else:

@@ -107,7 +107,7 @@ class Looker:
         self, memory: MemoryMap, ranges: Sequence[LoadedRange], registers: Sequence[Registers]
     ) -> Look[Layout]:
         if not self._is_x86():
-            raise CheckpointError("cores are made of x86-64 machines only")
+            raise CheckpointError("ELF cores can be made only of x86-64 machines")
         try:
             note = yield from self.note()
         except CkptfsError:
@@ -129,14 +129,16 @@ class Looker:
             [block for block in self._blocks.values() if block.idstr in self._main]
         )
         if not main:
-            raise CheckpointError("no RAM block is known to be main memory: -o map=ID@ADDRESS names their places")
+            raise CheckpointError(
+                "no RAM block is known to be main memory: say where blocks are, -o map=ID@ADDRESS"
+            )
         if (clock := self.device("mc146818rtc")) is not None:
             has_vga = any(idstr.endswith("vga.vram") for idstr in self._blocks)
             return pc_map(cmos_of(clock), main, has_vga, self._blocks.get("pc.bios"))
         machine = self._checkpoint.machine
         start = fixed_start(machine, self._cpu_fields())
         if start is None:
-            raise CheckpointError(f"where machine {machine!r} has its RAM is not known: -o map=ID@ADDRESS tells it")
+            raise CheckpointError(f"where machine {machine!r} has its RAM is not known: say it, -o map=ID@ADDRESS")
         return fixed_map(start, main, machine)
 
     def _in_node_order(self, blocks: list[RAMBlock]) -> Look[list[RAMBlock]]:
@@ -153,7 +155,7 @@ class Looker:
             order = acpi.in_node_order(lengths, sizes, first)
         if order is None:
             raise CheckpointError(
-                f"which NUMA node each of {', '.join(lengths)} is can't be told: -o map=ID@ADDRESS tells it"
+                f"which NUMA node each of {', '.join(lengths)} is is not known: say it, -o map=ID@ADDRESS"
             )
         return sorted(blocks, key=lambda block: order.index(block.idstr))
 
@@ -169,9 +171,9 @@ class Looker:
         cpus = sorted(self._sections("cpu"), key=lambda section: section.instance_id)
         registers = tuple(Registers.of(self._read(section)) for section in cpus)
         if not registers:
-            raise CheckpointError("the checkpoint holds no vCPU")
+            raise CheckpointError("the checkpoint has no vCPU")
         if not all(one.is_long for one in registers):
-            raise CheckpointError("a vCPU is not in long mode yet: no kernel runs that has 64-bit addresses")
+            raise CheckpointError("a vCPU is not in long mode: no 64-bit kernel is running")
         return registers
 
     def _registers_or_none(self) -> tuple[Registers, ...]:

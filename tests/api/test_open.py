@@ -130,7 +130,7 @@ def test_without_a_vmdesc_no_field_is_guessed(tmp_path: Path) -> None:
     with ckptfs.open(tmp_path / "ckpt") as checkpoint:
         with pytest.raises(CheckpointError, match="has no vmdesc"):
             checkpoint.device("timer")
-        with pytest.raises(CheckpointError, match="holds no vCPU"):
+        with pytest.raises(CheckpointError, match="has no vCPU"):
             checkpoint.registers()
 
 

@@ -49,6 +49,6 @@ def test_what_there_is_not(tmp_path: Path, run_ckptfs: RunCkptfs) -> None:
         "has no device 'cpu'; it has timer, globalstate"
         in run_ckptfs("info", path, "--devices", "cpu", code=1).stderr
     )
-    assert "the checkpoint holds no vCPU" in run_ckptfs("info", path, "--registers", code=1).stderr
+    assert "the checkpoint has no vCPU" in run_ckptfs("info", path, "--registers", code=1).stderr
     assert "which FILE_OR_DIR?" in run_ckptfs("info", code=2).stderr
     assert "no guest's RAM is mounted here" in run_ckptfs("info", "--registers", tmp_path, code=1).stderr

@@ -158,7 +158,7 @@ def test_what_is_refused(mount: Mount, export: Export, tmp_path: Path) -> None:
     before = (tmp_path / "ckpt").read_bytes()
     (tmp_path / "link").symlink_to("ckpt")
     for out in ("ckpt", "link"):
-        assert "is what is exported" in export(tmp_path / "ckpt", tmp_path / out, "raw", code=2)
+        assert "is the file to be exported" in export(tmp_path / "ckpt", tmp_path / out, "raw", code=2)
     assert "directory" in export(tmp_path / "ckpt", tmp_path, "raw", "--map", "a@0", code=2)
     assert "not a regular file" in export(tmp_path / "ckpt", "/dev/null", "raw", "--map", "a@0", code=2)
     assert "--map" in export(tmp_path / "ckpt", tmp_path / "out", "raw", code=1)
@@ -221,4 +221,4 @@ def test_interrupted_it_leaves_nothing(export: Export, tmp_path: Path) -> None:
         assert process.stderr is not None
         words = process.stderr.read()
     assert process.returncode == 1
-    assert words.endswith("-: interrupted: nothing of it is left\n")
+    assert words.endswith("-: interrupted: the incomplete file was removed\n")

@@ -121,7 +121,10 @@ def test_of_ram_alone_there_is_no_map(mount: Mount, tmp_path: Path) -> None:
     assert os.listdir(mounted.path / "views") == []
     mounted.ctl("save")
     assert os.listdir(mounted.path / "views") == []
-    assert "where machine 'none' has its RAM is not known: -o map=ID@ADDRESS" in mounted.status()["views-missing"]
+    assert (
+        "where machine 'none' has its RAM is not known: say it, -o map=ID@ADDRESS"
+        in mounted.status()["views-missing"]
+    )
 
 
 def test_a_map_by_hand(mount: Mount, tmp_path: Path) -> None:
