@@ -4,6 +4,7 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -12,7 +13,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from ckptfs.channels.backing_file import DirectIO, OpenedFile
 from ckptfs.channels.channels import PROBE_DEADLINE, Channel, Channels, NoAnswerError
 from ckptfs.errors import StorageError
-from tests.doubles.storage import open_descriptors
+from tests.doubles.storage import open_descriptors, wait_until_open
 
 BUFFERED = DirectIO(wanted=False)
 
@@ -32,13 +33,22 @@ def open_channels(backing_fd: int) -> Iterator[Callable[..., Channels]]:
     opened = []
 
     def open_channels(channel_count: int, deadline: float = 60.0) -> Channels:
-        opened.append(Channels.open(OpenedFile(backing_fd, os.O_RDWR), BUFFERED, channel_count, deadline))
+        opened.append(Watched.open(OpenedFile(backing_fd, os.O_RDWR), BUFFERED, channel_count, deadline))
         return opened[-1]
 
     yield open_channels
     for channels in opened:
         channels.close()
-    assert open_descriptors() == before
+    wait_until_open(before)
+
+
+class Watched(Channels):
+    """Tells each payload when its channel has been released."""
+
+    def _returned(self, channel: Channel, call: Any) -> None:
+        super()._returned(channel, call)
+        if isinstance(call.payload, Payload):
+            call.payload.released.set()
 
 
 class Payload:
@@ -48,14 +58,13 @@ class Payload:
         self.name = name
         self.started = threading.Event()
         self.may_end = threading.Event()
-        self.ended = threading.Event()
+        self.released = trio.Event()
         self.channel: Channel | None = None
 
     def __call__(self, channel: Channel) -> str:
         self.channel = channel
         self.started.set()
         self.may_end.wait()
-        self.ended.set()
         return self.name
 
     async def wait_started(self) -> None:
@@ -64,8 +73,7 @@ class Payload:
     async def end(self) -> None:
         """Let it end, and wait until its channel has been released."""
         self.may_end.set()
-        await trio.to_thread.run_sync(self.ended.wait)
-        await wait_all_tasks_blocked()
+        await self.released.wait()
 
 
 @asynccontextmanager
