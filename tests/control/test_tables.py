@@ -17,7 +17,7 @@ from tests.doubles.migration_file import Block, Device, MigrationFile, be32, be6
 from tests.mount.conftest import Mount
 from tests.mount.decode import PAGE, decode
 from tests.mount.disk import Disk
-from tests.mount.harness import Mounted, run_mount
+from tests.mount.harness import MODULE_DEADLINE, Mounted, run_mount
 from tests.qemu.stock_checkpoint import StockCheckpoints
 
 MiB = 1 << 20
@@ -100,7 +100,7 @@ BROKEN: list[tuple[str, Change, str]] = [
 def empty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounted]:
     """A mount of nothing, which no broken file fills."""
     directory = tmp_path_factory.mktemp("empty")
-    mounted = Mounted("none", directory / "mnt", directory / "log")
+    mounted = Mounted("none", directory / "mnt", directory / "log", deadline=MODULE_DEADLINE)
     yield mounted
     mounted.clean_up()
 

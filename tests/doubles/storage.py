@@ -25,7 +25,7 @@ def open_descriptors() -> dict[str, str]:
 
 def wait_until_open(expected: dict[str, str]) -> None:
     """Return when nothing else is open: a thread that was left to itself closes its descriptor when it ends."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while (found := open_descriptors()) != expected:
         assert time.monotonic() < deadline, (found, expected)
         gc.collect()  # tracebacks of errors that tests saw hold on to memory

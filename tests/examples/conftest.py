@@ -74,7 +74,7 @@ def run(tmp_path: Path, guest_files: Guest) -> Iterator[Run]:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
         )
         assert result.returncode == 0, f"{result.stdout}\n{result.stderr}"
         assert [line for line in result.stderr.splitlines() if _NO_SYSLOG not in line] == []

@@ -95,7 +95,7 @@ def make_world(directory: Path, golden: Path, nothing_stays_open: None) -> Itera
 
 async def wait_until_so_many_are_open(number: int) -> None:
     """The same for descriptors that get other numbers."""
-    with trio.fail_after(10):
+    with trio.fail_after(60):
         while len(open_descriptors()) != number:
             gc.collect()
             await trio.lowlevel.checkpoint()

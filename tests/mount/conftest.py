@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.mount.harness import Mounted, adopt_orphans, is_mounted, unmount_by_force
+from tests.mount.harness import MODULE_DEADLINE, Mounted, adopt_orphans, is_mounted, unmount_by_force
 
 Mount = Callable[..., Mounted]
 
@@ -66,6 +66,7 @@ def fresh(mount: Mount, tmp_path: Path) -> Mounted:
 def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Mounted]:
     """A new guest of 1 MiB for all tests of a module, none of which changes anything that the others look at."""
     directory = tmp_path_factory.mktemp("standing")
-    mounted = Mounted(directory / "checkpoint", directory / "mnt", directory / "log", "ram=pc.ram:1M")
+    spec, path, log = directory / "checkpoint", directory / "mnt", directory / "log"
+    mounted = Mounted(spec, path, log, "ram=pc.ram:1M", deadline=MODULE_DEADLINE)
     yield mounted
     mounted.clean_up()

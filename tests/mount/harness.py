@@ -20,7 +20,13 @@ BIN = Path(sys.executable).parent
 """Where mount.ckptfs and ckptfs are: beside the Python that runs the tests."""
 
 DEADLINE = 60.0
-"""Seconds that a daemon may take to end, and a mount to answer, before it is killed and the test fails."""
+"""Seconds that a program may take, and a daemon to end."""
+
+TEST_DEADLINE = 180.0
+"""Seconds that a test may take with one mount: then it is broken off, so that whoever hangs in it gets an error."""
+
+MODULE_DEADLINE = 900.0
+"""The same for a mount that all tests of a module share."""
 
 _LOG_LINE = re.compile(r"^\d{4}-\d\d-\d\d [\d:,]+ mount\.ckptfs\[\d+\]: (\w+): (.*)")
 _HARMLESS = ("DEBUG", "INFO")
@@ -132,7 +138,7 @@ class Mounted:
         log: Path,
         *options: str,
         program: tuple[str, ...] = (),
-        deadline: float = DEADLINE,
+        deadline: float = TEST_DEADLINE,
     ) -> None:
         self.path = path
         self.log = log
@@ -149,7 +155,9 @@ class Mounted:
         assert (result.returncode, result.stderr, result.stdout) == (0, "", ""), result
         self.pid = self._find_daemon()
         self._pidfd = os.pidfd_open(self.pid)
-        self._watchdog = threading.Timer(deadline, self.break_off)
+        self._deadline = deadline
+        self._is_late = False
+        self._watchdog = threading.Timer(deadline, self._break_off_late)
         self._watchdog.start()
 
     def _find_daemon(self) -> int:
@@ -259,6 +267,7 @@ class Mounted:
     def clean_up(self) -> None:
         """Leave nothing behind, however the test ended; a mount that it left has to end in order."""
         try:
+            assert not self._is_late, f"{self.path}: took longer than {self._deadline:g} s and was broken off"
             if not self._ended:
                 assert self._alive(), f"{self.path}: the daemon has died; its log:\n{self.log.read_text()}"
                 self.umount()
@@ -272,6 +281,10 @@ class Mounted:
         poll = select.poll()
         poll.register(self._pidfd, select.POLLIN)
         return not poll.poll(0)
+
+    def _break_off_late(self) -> None:
+        self._is_late = True
+        self.break_off()
 
     def break_off(self) -> None:
         """End the connection and the daemon by force: whoever waits for the mount gets an error."""
