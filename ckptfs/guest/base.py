@@ -6,7 +6,7 @@ import logging
 import mmap
 import os
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from uuid import UUID
@@ -298,31 +298,38 @@ class Base:
         return next((x for x in self._in_flight[idstr] if x.start <= start and stop <= x.stop), None)
 
     async def _read(self, fetch: _Fetch, idstr: str, page_size: int, urgent: bool) -> None:
-        start, stop = fetch.start, fetch.stop
-        block = self.blocks[idstr]
+        read = partial(self._read_all, idstr, Run(fetch.start, fetch.stop), page_size)
+        channels = self.blocks[idstr].pages.channels
+        # what is called knows nothing of `fetch`, which knows it: no cycle keeps the buffer
+        fetch.hurry = partial(channels.hurry, read)
+        fetch.data, fetch.bad = await channels.carry(read, urgent=urgent)
+        self._count(self.blocks[idstr].file_bmap.runs(fetch.start, fetch.stop), page_size)
+
+    def _read_all(
+        self, idstr: str, wanted: Run, page_size: int, channel: Channel
+    ) -> tuple[memoryview, dict[int, str]]:
+        """Read pages into a buffer, zeros where there are none; return it, and which are bad. Runs in a thread."""
+        start, stop = wanted
+        block, verified = self.blocks[idstr], self._verified
         buffer = self._buffer((stop - start) * page_size)
-        runs = list(block.file_bmap.runs(start, stop))
         bad: dict[int, str] = {}
-        verified = self._verified
+        position = start
+        for run in block.file_bmap.runs(start, stop):
+            _zero(buffer, (position - start) * page_size, (run.start - start) * page_size)
+            part = buffer[(run.start - start) * page_size : (run.stop - start) * page_size]
+            bad.update(_read_run(channel, part, idstr, block.pages, run, page_size))
+            position = run.stop
+        _zero(buffer, (position - start) * page_size, len(buffer))
+        if verified is not None:
+            for wrong in verified.wrong(idstr, wanted, buffer, page_size):
+                bad.update(_wrong_pages(block.file_bmap, idstr, wrong, bad))
+        return buffer, bad
 
-        # knows nothing of `fetch`, which knows it: no cycle keeps the buffer
-        def read_runs(channel: Channel) -> None:
-            position = start
-            for run in runs:
-                _zero(buffer, (position - start) * page_size, (run.start - start) * page_size)
-                part = buffer[(run.start - start) * page_size : (run.stop - start) * page_size]
-                bad.update(_read_run(channel, part, idstr, block.pages, run, page_size))
-                position = run.stop
-            _zero(buffer, (position - start) * page_size, len(buffer))
-            if verified is not None:
-                for wrong in verified.wrong(idstr, Run(start, stop), buffer, page_size):
-                    bad.update(_wrong_pages(block.file_bmap, idstr, wrong, bad))
-
-        fetch.hurry = partial(block.pages.channels.hurry, read_runs)
-        await block.pages.channels.carry(read_runs, urgent=urgent)
-        self.read_count += len(runs)
-        self.bytes_read += sum(run.stop - run.start for run in runs) * page_size
-        fetch.data, fetch.bad = buffer, bad
+    def _count(self, runs: Iterable[Run], page_size: int) -> None:
+        """Count reads of these pages."""
+        for run in runs:
+            self.read_count += 1
+            self.bytes_read += (run.stop - run.start) * page_size
 
     async def read_into(
         self, idstr: str, runs: Sequence[Run], view: Callable[[int, int], memoryview], page_size: int
@@ -332,12 +339,7 @@ class Base:
         ``view`` gives the memory for pages [start, stop). Raises BadPagesError, StorageError.
         """
         pages = self.blocks[idstr].pages
-        if self._verified is not None:
-            first = runs[0].start
-            data = await self.fetch(idstr, first, runs[-1].stop, page_size, urgent=False)
-            for run in runs:
-                view(*run)[:] = data[(run.start - first) * page_size : (run.stop - first) * page_size]
-            return
+        around = self._to_be_read(idstr, runs[0].start, runs[-1].stop, page_size)
 
         def read_runs(channel: Channel) -> None:
             for run in runs:
@@ -345,9 +347,20 @@ class Base:
                 if bad:
                     raise BadPagesError(idstr, bad)
 
-        await pages.channels.carry(read_runs, urgent=False)
-        self.read_count += len(runs)
-        self.bytes_read += sum(run.stop - run.start for run in runs) * page_size
+        def read_windows(channel: Channel) -> None:
+            buffer, bad = self._read_all(idstr, around, page_size, channel)
+            bad = {
+                page: reason for page, reason in bad.items() if any(start <= page < stop for start, stop in runs)
+            }
+            if bad:
+                raise BadPagesError(idstr, bad)
+            for start, stop in runs:
+                view(start, stop)[:] = buffer[
+                    (start - around.start) * page_size : (stop - around.start) * page_size
+                ]
+
+        await pages.channels.carry(read_runs if self._verified is None else read_windows, urgent=False)
+        self._count(runs, page_size)
 
     def _buffer(self, length: int) -> memoryview:
         """A page-aligned buffer; windows may make a read longer than those that are kept."""
