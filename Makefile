@@ -4,7 +4,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 PREFIX ?= /usr/local
 wheelhouse = $(or $(WHEELS),.cache/wheels)
 
-.PHONY: all ready demo test lint fmt bench torture wheels install uninstall clean
+.PHONY: all ready demo test lint fmt bench torture wheels install uninstall deb test-deb clean
 
 all: ready
 
@@ -46,6 +46,16 @@ install: $(if $(WHEELS),,wheels)
 
 uninstall:
 	mount-helpers/uninstall "$(DESTDIR)" "$(PREFIX)"
+
+# A package for the Debian that this runs on, in dist/.
+deb:
+	@.ci/install deb "$(wheelhouse)"
+	mount-helpers/deb "$(wheelhouse)" dist
+
+# The same in a clean tree of Debian; as root. make test-deb SUITES=trixie
+SUITES ?= bookworm trixie
+test-deb:
+	set -e; for suite in $(SUITES); do tests/packages/in_debian $$suite; done
 
 clean:
 	rm -rf --one-file-system .venv .cache dist .*_cache .hypothesis
