@@ -63,7 +63,7 @@ class MountedMemory:
         file = os.open(os.path.join(self.path, name), os.O_RDONLY | os.O_CLOEXEC)
         self._files.append(file)
         with_data = PagesBitmap(os.fstat(file).st_size // page_size)
-        states = self.states(name)
+        states = self._states(name)
         with_data.set_mask(0, states != 0)
 
         def read_pages(start: int, stop: int) -> Pages:
@@ -73,8 +73,12 @@ class MountedMemory:
 
         return Block(decode_name(os.fsencode(os.path.basename(name))), page_size, with_data, read_pages)
 
-    def states(self, name: str) -> npt.NDArray[np.uint8]:
-        """What pages/ says of each page of ``ram/NAME``: 0 zeros, 1 in the checkpoint, 2 read, 3 written."""
+    def states(self) -> dict[str, npt.NDArray[np.uint8]]:
+        """What pages/ says now of each page: 0 zeros, 1 in the checkpoint, 2 read, 3 written."""
+        names = [block["file"] for block in self._status["blocks"]]
+        return {idstr: self._states(name) for idstr, name in zip(self.blocks, names, strict=True)}
+
+    def _states(self, name: str) -> npt.NDArray[np.uint8]:
         with open(os.path.join(self.path, "pages", os.path.basename(name)), "rb", buffering=0) as file:
             parts = list(iter(lambda: file.read(_STATES_LENGTH), b""))
         return np.frombuffer(b"".join(parts), np.uint8)

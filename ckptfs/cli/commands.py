@@ -244,6 +244,20 @@ COMMANDS = (
         "ckptfs.cli.diff:run",
     ),
     Command(
+        "map",
+        "a picture of pages",
+        "Show memory as a picture, by guest-physical address where that is known: pages of zeros, those in the "
+        "checkpoint, and of a mount those that were read and written. With B: pages that are equal, and those that "
+        "differ. On a terminal it fits the window; -o writes it to a file.",
+        (
+            argument("a", metavar="FILE_OR_DIR", help="a checkpoint, or where one is mounted"),
+            argument("b", metavar="B", nargs="?", help="another one, that it is compared with"),
+            argument("-o", "--output", metavar="OUT", help="write OUT.png (needs ckptfs[pictures]) or OUT.svg"),
+            argument("--watch", action="store_true", help="of a mount: again every second, until Ctrl-C"),
+        ),
+        "ckptfs.cli.map:run",
+    ),
+    Command(
         "qemu-args",
         "print the arguments that start QEMU on a mount or a file",
         "Print the arguments that make a mount QEMU's memory: qemu-system-x86_64 $(ckptfs qemu-args DIR) ... Add"
