@@ -189,6 +189,7 @@ class Mount:
             if self._guest.migrations.running:
                 await self._guest.migrations.cancel()
             await self._page_cache.come_back()
+        if not self._page_cache.in_kernel:  # if it is the storage that takes its time, everybody can be let go
             return
         log.warning("%s: the kernel does not let go of the mount: its connection is aborted", self._mountpoint)
         try:

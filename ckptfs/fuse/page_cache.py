@@ -136,8 +136,13 @@ class KernelPageCache:
 
     async def come_back(self) -> None:
         """Wait until no thread is in a system call on the mount."""
-        while self._threads.borrowed_tokens:  # noqa: ASYNC110 - those that were left behind tell nobody
+        while self.in_kernel:  # noqa: ASYNC110 - those that were left behind tell nobody
             await trio.sleep(0.01)
+
+    @property
+    def in_kernel(self) -> bool:
+        """Whether a thread is in a system call on the mount."""
+        return self._threads.borrowed_tokens > 0
 
     async def warm(self, idstrs: list[str], start: int, length: int | None, channel_count: int) -> int:
         """Bring bytes of files into the cache, ``channel_count`` requests at a time; return how many bytes.

@@ -132,6 +132,7 @@ def test_a_save_to_a_silent_storage_can_be_cancelled_and_the_daemon_ended(
         mounted.signal(signal.SIGTERM)
         assert mounted.wait() == 0
         assert isinstance(saving.exception(DEADLINE), OSError)
+    assert "WARNING" not in mounted.log.read_text()  # it is the storage that takes its time, not the kernel
     storage.go_on()
     assert [path.name for path in storage.path.iterdir()] == ["checkpoint"]
 
