@@ -15,7 +15,7 @@ from ckptfs.api.status import is_dead_mount, read_status
 from ckptfs.channels.backing_file import pread_exactly
 from ckptfs.errors import CommandError, StateError
 from ckptfs.mapped_ram.bitmap import PagesBitmap
-from ckptfs.migration.address import FdAddress, parse_target, seekable_file
+from ckptfs.migration.address import FileMigrationArgs, parse_target, seekable_file
 from ckptfs.namespace.names import decode_name
 from ckptfs.physical.memory_map import read_map
 
@@ -117,6 +117,6 @@ def open_memory(place: str) -> Memory:
     if not place.startswith("file:"):
         return open_checkpoint(place)
     address = seekable_file(parse_target(place))
-    if isinstance(address, FdAddress):
+    if not isinstance(address, FileMigrationArgs):
         raise CommandError(f"{place}: name a file")
     return open_checkpoint(address.filename, offset=address.offset)

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from ckptfs.channels.version import FileVersion, Version
 from ckptfs.errors import StorageError
+from ckptfs.mapped_ram.stream import Source
 
 DIRECT_IO_ALIGNMENT = 4096
 IOV_MAX = 1024
@@ -41,13 +43,68 @@ class BackingFile(Protocol):
         """
         ...
 
+    @property
+    def version(self) -> Version:
+        """Which file it is, and as of when."""
+        ...
+
+    def source(self) -> Source:
+        """The file as parsers see it."""
+        ...
+
+    def pread_exactly(self, fd: int, buffer: memoryview, file_offset: int) -> None:
+        """Fill ``buffer`` through ``fd``, one of `open_pages`; StorageError, OSError if that can't be done."""
+
+    def pread(self, fd: int, length: int, file_offset: int) -> bytes:
+        """Read up to ``length`` bytes through ``fd``, one of `open_pages`; fewer only at the end of the file."""
+        ...
+
+    def name(self, fd: int) -> str:
+        """What people call the file of which ``fd`` is one of `open_pages`; that asks nothing of the storage."""
+        ...
+
+    def holds(self, file_offset: int, length: int) -> bool:
+        """Whether these bytes are in the file itself, and need not be fetched first."""
+        ...
+
     def close(self) -> None:
         """Close the buffered descriptor; those for pages are their owners'."""
         ...
 
 
+class _Local:
+    """A file that has all of its content itself."""
+
+    fd: int
+
+    @property
+    def version(self) -> Version:
+        """As stat(2) tells."""
+        return FileVersion.of(self.fd)
+
+    def source(self) -> Source:
+        """The file, read through the buffered descriptor."""
+        return FileSource(self.fd)
+
+    def pread_exactly(self, fd: int, buffer: memoryview, file_offset: int) -> None:
+        """Fill ``buffer`` through ``fd``."""
+        pread_exactly(fd, buffer, file_offset)
+
+    def pread(self, fd: int, length: int, file_offset: int) -> bytes:
+        """Read up to ``length`` bytes through ``fd``."""
+        return pread(fd, length, file_offset)
+
+    def name(self, fd: int) -> str:
+        """As the kernel has it now (proc(5))."""
+        return os.readlink(f"/proc/self/fd/{fd}")
+
+    def holds(self, file_offset: int, length: int) -> bool:
+        """It does."""
+        return True
+
+
 @dataclass(frozen=True)
-class OpenedFile:
+class OpenedFile(_Local):
     """A file that the daemon opened: further descriptors are opened by descriptor, never by path."""
 
     fd: int
@@ -78,7 +135,7 @@ class OpenedFile:
 
 
 @dataclass(frozen=True)
-class HandedFile:
+class HandedFile(_Local):
     """A file that somebody else opened: descriptors of an fdset, duplicated by QEMU's rule.
 
     The first whose access mode and O_DIRECT are exactly those that are wanted serves (util/osdep.c and
@@ -114,7 +171,7 @@ class HandedFile:
 
 
 @dataclass(frozen=True)
-class NamedFile:
+class NamedFile(_Local):
     """One descriptor that was handed in under a name: it serves for all, so it can't have O_DIRECT."""
 
     fd: int

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 
 import trio
 
-from ckptfs.channels.backing_file import BackingFile, DirectIO, pread, pread_exactly, pwritev_all
+from ckptfs.channels.backing_file import BackingFile, DirectIO, pwritev_all
 from ckptfs.errors import StorageError
 
 log = logging.getLogger(__name__)
@@ -67,7 +67,8 @@ class _Call:
 class Channel:
     """One descriptor for pages, and a thread. Its methods but `start` block: payloads call them, in that thread."""
 
-    def __init__(self, fd: int, direct_io: bool) -> None:
+    def __init__(self, file: BackingFile, fd: int, direct_io: bool) -> None:
+        self._file = file
         self._fd = fd
         self.direct_io = direct_io
         self.given_up = False
@@ -103,11 +104,11 @@ class Channel:
 
     def pread_exactly(self, buffer: memoryview, file_offset: int) -> None:
         """Fill ``buffer`` from ``file_offset`` on; StorageError or OSError if that can't be done."""
-        pread_exactly(self._fd, buffer, file_offset)
+        self._file.pread_exactly(self._fd, buffer, file_offset)
 
     def pread(self, file_offset: int, length: int) -> bytes:
         """Read bytes that need not be aligned (so not with O_DIRECT); fewer only at the end of the file."""
-        return pread(self._fd, length, file_offset)
+        return self._file.pread(self._fd, length, file_offset)
 
     def pwritev_all(self, views: list[memoryview], file_offset: int) -> None:
         """Write ``views`` from ``file_offset`` on; StorageError or OSError if that can't be done."""
@@ -120,8 +121,8 @@ class Channel:
 
     @property
     def path(self) -> str:
-        """The file's name as the kernel has it now (proc(5)): that asks nothing of the storage."""
-        return os.readlink(f"/proc/self/fd/{self._fd}")
+        """The file's name, as far as it can be told without asking the storage."""
+        return self._file.name(self._fd)
 
 
 class Channels:
@@ -150,7 +151,7 @@ class Channels:
         with contextlib.ExitStack() as undo:
             channels = []
             for _ in range(channel_count):
-                channel = Channel(*file.open_pages(direct_io))
+                channel = Channel(file, *file.open_pages(direct_io))
                 undo.callback(channel.close)
                 channels.append(channel)
             undo.pop_all()

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ckptfs.channels.backing_file import BackingFile, HandedFile, NamedFile
 from ckptfs.errors import CommandError, StorageError
-from ckptfs.migration.address import FdAddress, FileMigrationArgs, SeekableAddress
+from ckptfs.migration.address import FdAddress, FileMigrationArgs, ObjectAddress, SeekableAddress
 
 
 @dataclass(frozen=True)
@@ -28,13 +28,15 @@ class Descriptors:
                 raise CommandError(f"{option}: {fd} is not an open descriptor of this process") from None
 
     def open(self, address: SeekableAddress, access: int) -> BackingFile | None:
-        """The file that was handed in as ``address``, for reading or writing; None if ``address`` is a path.
+        """The file that was handed in as ``address``, for reading or writing; None for a path and an object.
 
         ``access`` is O_RDONLY or O_WRONLY. Raises StorageError, naming the address, if nothing fits.
         """
         try:
             if isinstance(address, FdAddress):
                 return self._named(address.name, access)
+            if isinstance(address, ObjectAddress):
+                return None
             return None if address.fdset_id is None else self._matching(address.fdset_id, access)
         except StorageError as error:
             raise StorageError(f"{describe_address(address)}: {error}", error.errno) from None
@@ -63,4 +65,10 @@ class Descriptors:
 
 def describe_address(address: SeekableAddress) -> str:
     """An address as the user wrote it, without the offset."""
-    return address.filename if isinstance(address, FileMigrationArgs) else f"fd:{address.name}"
+    match address:
+        case FileMigrationArgs():
+            return address.filename
+        case ObjectAddress():
+            return address.url
+        case FdAddress():
+            return f"fd:{address.name}"

@@ -12,6 +12,8 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from ckptfs.errors import StorageError
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _SYS_SETGROUPS = {"x86_64": 116, "aarch64": 159, "riscv64": 159, "s390x": 206, "ppc64le": 81}
 
@@ -58,6 +60,14 @@ class Identity:
             _libc.setfsuid(os.geteuid())
             _libc.setfsgid(os.getegid())
             _set_thread_groups(tuple(own_groups))
+
+    def refuse_stranger(self, name: str) -> None:
+        """Raise StorageError (EACCES) for anybody but the daemon's own user: a store knows only that one's keys."""
+        if self.uid != os.geteuid():
+            raise StorageError(
+                f"{name}: only user {os.geteuid()}, whose mount this is, may use the keys of its store",
+                errno.EACCES,
+            )
 
 
 def _set_thread_id(set_id: Callable[[int], int], value: int) -> None:

@@ -25,11 +25,11 @@ from typing import Protocol
 from ckptfs.channels.backing_file import BackingFile, DirectIO, FileSource, OpenedFile, pread, pwrite_all
 from ckptfs.channels.descriptors import Descriptors, describe_address
 from ckptfs.channels.identity import Identity
-from ckptfs.channels.version import NOTHING, FileVersion
+from ckptfs.channels.version import NOTHING, FileVersion, Version
 from ckptfs.errors import CheckpointError, CommandError, StateError, StorageError
 from ckptfs.foreign.libvirt import SaveImage, read_save_image
 from ckptfs.mapped_ram.stream import MAGIC
-from ckptfs.migration.address import FdAddress, SeekableAddress
+from ckptfs.migration.address import FdAddress, ObjectAddress, SeekableAddress
 
 _SUFFIX = ".ckptfs-partial"
 _COPY_LENGTH = 1 << 24
@@ -73,7 +73,7 @@ class Target(Protocol):
         """Make it durable under its final name; ``commit`` is called before what can't be undone, and may raise."""
 
     @property
-    def published(self) -> FileVersion | None:
+    def published(self) -> Version | None:
         """What has the final name now, also where `publish` failed after that; None if it was not reached."""
         ...
 
@@ -95,7 +95,7 @@ class HandedTarget:
         self._descriptors = descriptors
         self._begun = self._ended = False
         self.save_image: SaveImage | None = None
-        self.published: FileVersion | None = None
+        self.published: Version | None = None
 
     def keep_prefix(self) -> None:
         """Cut the file there: what lies before it stays."""
@@ -150,7 +150,7 @@ class PathTarget:
         stream_offset: int,
         identity: Identity,
         forbidden_device: int,
-        expected: FileVersion | None = None,
+        expected: Version | None = None,
         *,
         any_content: bool = False,
     ) -> None:
@@ -164,7 +164,7 @@ class PathTarget:
         self.path = path
         self._expected = expected
         self._any_content = any_content
-        self.published: FileVersion | None = None
+        self.published: Version | None = None
         self.save_image: SaveImage | None = None
         self._stream_offset = stream_offset
         self._identity = identity
@@ -461,7 +461,7 @@ def open_target(
     identity: Identity,
     descriptors: Descriptors,
     forbidden_device: int,
-    expected: FileVersion | None = None,
+    expected: Version | None = None,
 ) -> Target:
     """Begin to write a checkpoint to ``address``, whose path is absolute (blocking).
 
@@ -470,6 +470,8 @@ def open_target(
     """
     if isinstance(address, FdAddress):
         return HandedTarget(address, 0, descriptors)
+    if isinstance(address, ObjectAddress):
+        raise CommandError(f"{address.url}: can't be saved to yet")
     if address.fdset_id is not None:
         return HandedTarget(address, address.offset, descriptors)
     return PathTarget(address.filename, address.offset, identity, forbidden_device, expected)

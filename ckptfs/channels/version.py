@@ -28,8 +28,23 @@ NOTHING = FileVersion(0, 0, 0)
 """No file, or one that is empty: nothing that could be lost."""
 
 
+@dataclass(frozen=True)
+class ObjectVersion:
+    """An object of a store and its content: ETag (RFC 9110, 8.8.3), length in bytes, and the version's id.
+
+    ``version`` is None where the store keeps no versions.
+    """
+
+    etag: str
+    length: int
+    version: str | None = None
+
+
+Version = FileVersion | ObjectVersion
+
+
 @dataclass
 class KnownFile:
     """What a mount knows to be under the name that it was given: what it came from, or has last written there."""
 
-    version: FileVersion
+    version: Version

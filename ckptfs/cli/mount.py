@@ -16,9 +16,11 @@ from typing import NoReturn
 import trio
 
 from ckptfs import __version__
-from ckptfs.channels.descriptors import Descriptors
+from ckptfs.channels.descriptors import Descriptors, describe_address
 from ckptfs.channels.identity import Identity
+from ckptfs.channels.stores.object_file import find_object
 from ckptfs.channels.target import wait_for_saves
+from ckptfs.channels.version import NOTHING
 from ckptfs.errors import CkptfsError, CommandError, StateError
 from ckptfs.fuse.daemon import Starter, harden, run_in_background
 from ckptfs.fuse.logs import Log
@@ -31,6 +33,7 @@ from ckptfs.guest.settings import Settings
 from ckptfs.migration.address import (
     FdAddress,
     FileMigrationArgs,
+    ObjectAddress,
     QMPSocket,
     SeekableAddress,
     parse_target,
@@ -68,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     whole.add_argument("-V", "--version", action="version", version=f"mount.ckptfs {__version__}")
-    whole.add_argument("spec", metavar="SPEC", help="checkpoint file: PATH, file:PATH[,offset=SIZE], or none")
+    whole.add_argument("spec", metavar="SPEC", help="PATH, file:PATH[,offset=SIZE], s3://BUCKET/KEY, or none")
     whole.add_argument("directory", metavar="DIR", help="where to mount it")
     whole.add_argument(
         "-o", dest="options", action="append", default=[], metavar="OPT[,OPT...]", help="mount options"
@@ -180,6 +183,10 @@ def _parse_spec(text: str, options: MountOptions) -> SeekableAddress | None:
     target = seekable_file(parse_target(text))
     if isinstance(target, FdAddress):
         return target
+    if isinstance(target, ObjectAddress):
+        if options.image_offset:
+            raise CommandError(f"{text}: an object begins with its checkpoint: leave out image_offset")
+        return target
     if target.offset and options.image_offset:
         raise CommandError(f"{text}: its offset is given twice, image_offset={options.image_offset} too")
     return FileMigrationArgs(os.path.abspath(target.filename), target.offset or options.image_offset or 0)
@@ -218,6 +225,8 @@ def _make_absolute(options: MountOptions) -> None:
         options.qmp = QMPSocket(os.path.abspath(options.qmp.path))
     if options.log not in (None, "syslog"):
         options.log = os.path.abspath(str(options.log))
+    if options.store.cache is not None:
+        options.store.cache = os.path.abspath(options.store.cache)
 
 
 def open_guest(spec: SeekableAddress | None, options: MountOptions) -> Guest:
@@ -237,13 +246,15 @@ def open_guest(spec: SeekableAddress | None, options: MountOptions) -> Guest:
         capture,
         verify=options.verify,
         libvirt_uri=options.libvirt_uri,
+        store=options.store,
     )
     bound = None if options.qmp is None else Machine(settings.located(options.qmp), Identity.of_daemon())
     guest = Guest(settings, Machines(bound), read_only=options.read_only)
     for idstr, used_length in options.ram.items():
         guest.add_block(idstr, used_length)
     if spec is not None and _is_there(spec, options):
-        guest.fill(open_checkpoint(spec, Identity.of_daemon(), descriptors, settings.base_options()))
+        identity = Identity.of_daemon()
+        guest.fill(open_checkpoint(spec, identity, descriptors, settings.base_options(), settings.store))
     return guest
 
 
@@ -252,22 +263,24 @@ def _is_there(spec: SeekableAddress, options: MountOptions) -> bool:
 
     What lies behind a handed descriptor is a new guest's if ram= says so: a descriptor has no name to look up.
     """
-    if isinstance(spec, FdAddress) or spec.fdset_id is not None:
+    if isinstance(spec, FdAddress) or (isinstance(spec, FileMigrationArgs) and spec.fdset_id is not None):
         return not options.ram
-    exists = _exists(spec.filename)
+    name = describe_address(spec)
+    what = "object" if isinstance(spec, ObjectAddress) else "file"
+    exists = find_object(spec, options.store) != NOTHING if isinstance(spec, ObjectAddress) else _exists(name)
     if exists and options.ram:
         raise CommandError(
-            f"{spec.filename}: already exists; mount it without ram=, or choose another file for the new guest",
+            f"{name}: already exists; mount it without ram=, or choose another {what} for the new guest",
             errno.EEXIST,
         )
     if not exists and not options.ram and options.qmp is None:
         raise CommandError(
-            f"{spec.filename}: no such file. For a new guest, say how much RAM it has: -o ram=pc.ram:1G. For a"
+            f"{name}: no such {what}. For a new guest, say how much RAM it has: -o ram=pc.ram:1G. For a"
             " machine that has its own RAM, say where its QMP socket is: -o qmp=SOCKET",
             errno.ENOENT,
         )
-    if not exists:
-        _check_directory(spec.filename)
+    if not exists and isinstance(spec, FileMigrationArgs):
+        _check_directory(name)
     return exists
 
 

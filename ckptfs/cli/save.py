@@ -23,6 +23,7 @@ from ckptfs.migration.address import (
     FileMigrationArgs,
     MonitorAddress,
     QMPSocket,
+    SeekableAddress,
     parse_monitor,
     parse_target,
     seekable_file,
@@ -45,7 +46,8 @@ def run(arguments: argparse.Namespace) -> int:
     target = seekable_file(parse_target(operate.target_of(arguments.directory)))
     if isinstance(target, FdAddress):
         raise CommandError(f"{arguments.directory}: save to a path")
-    target = FileMigrationArgs(os.path.abspath(target.filename), target.offset)
+    if isinstance(target, FileMigrationArgs):
+        target = FileMigrationArgs(os.path.abspath(target.filename), target.offset)
     capture = CaptureOptions(Way(arguments.capture), arguments.capture_rounds)
     with display_for(arguments) as display:
         address = parse_monitor(arguments.qmp, arguments.libvirt_uri)
@@ -59,7 +61,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 async def save_machine(
     address: MonitorAddress,
-    target: FileMigrationArgs,
+    target: SeekableAddress,
     capture: CaptureOptions,
     display: Display,
     *,
@@ -79,7 +81,7 @@ async def save_machine(
         guest.close()
 
 
-async def save_shown(guest: Guest, target: FileMigrationArgs, display: Display, *, libvirt: bool = False) -> str:
+async def save_shown(guest: Guest, target: SeekableAddress, display: Display, *, libvirt: bool = False) -> str:
     """Save a guest that is not mounted, and show how it goes; return one line that says what was done.
 
     SIGINT, SIGTERM and SIGHUP cancel it, and nothing is left. Raises what `save` does; a former file is then as it

@@ -171,6 +171,7 @@ class Control:
             identity,
             settings.descriptors,
             settings.base_options(),
+            settings.store,
             guest.page_cache.device,
         )
         guest.fill(await Lane().ask(opening, undo=Base.close))

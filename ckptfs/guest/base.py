@@ -15,12 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import trio
 
-from ckptfs.channels.backing_file import BackingFile, DirectIO, FileSource, OpenedFile, pread_exactly
+from ckptfs.channels.backing_file import BackingFile, DirectIO, OpenedFile
 from ckptfs.channels.buffers import BUFFER_LENGTH, AlignedBuffers
 from ckptfs.channels.channels import BACKING_DEADLINE, CLOSING_DEADLINE, Channel, Channels, NoAnswerError
 from ckptfs.channels.identity import Identity
 from ckptfs.channels.reflink import share
-from ckptfs.channels.version import FileVersion
 from ckptfs.channels.working_set import ByteRange, read_working_set, write_working_set
 from ckptfs.errors import CheckpointError, CkptfsError, CommandError, StateError, StorageError
 from ckptfs.foreign.content import Content, read_content, read_header
@@ -31,7 +30,7 @@ from ckptfs.mapped_ram.checkpoint import Checkpoint, read_device_state, read_set
 from ckptfs.mapped_ram.checksums import checksums_in, wrong_parts
 from ckptfs.mapped_ram.layout import Image, image_of
 from ckptfs.mapped_ram.ramblock import RAMBlock
-from ckptfs.mapped_ram.stream import is_mapped_ram, uuid_of
+from ckptfs.mapped_ram.stream import Source, is_mapped_ram, uuid_of
 from ckptfs.mapped_ram.trailer import Trailer
 
 log = logging.getLogger(__name__)
@@ -126,8 +125,8 @@ class Base:
         self.deadline = options.deadline
         self.verified_windows: tuple[int, int] | None = None
         """How many windows have a checksum that is looked at, and how many there are; None if none is looked at."""
-        source = FileSource(file.fd)
-        self.version = FileVersion.of(file.fd)
+        source = file.source()
+        self.version = file.version
         """Which file it is, and as of when."""
         with contextlib.ExitStack() as undo:
             header = read_header(source, stream_offset)
@@ -183,6 +182,8 @@ class Base:
             return False
         source_offset = pages.pages_offset + run.start * page_size
         length = (run.stop - run.start) * page_size
+        if not self._file.holds(source_offset, length):
+            return False
         return share(self._file.fd, source_offset, length, target_fd, target_offset)
 
     def windows_before(self, idstr: str, run: Run, page_size: int) -> npt.NDArray[np.uint8] | None:
@@ -194,7 +195,8 @@ class Base:
         assert isinstance(block.pages, MappedPages)
         data = np.empty((run.stop - run.start, page_size), np.uint8)
         try:
-            pread_exactly(self._file.fd, data.reshape(-1).data, block.pages.pages_offset + run.start * page_size)
+            file_offset = block.pages.pages_offset + run.start * page_size
+            self._file.pread_exactly(self._file.fd, data.reshape(-1).data, file_offset)
         except (OSError, StorageError) as error:
             log.error(
                 "%s: pages %d to %d can't be read from the checkpoint: %s", idstr, run.start, run.stop - 1, error
@@ -383,7 +385,7 @@ class Base:
             await trio.to_thread.run_sync(self.close, abandon_on_cancel=True)
 
 
-def _refuse_damage(source: FileSource, checkpoint: Checkpoint, trailer: Trailer) -> None:
+def _refuse_damage(source: Source, checkpoint: Checkpoint, trailer: Trailer) -> None:
     """Raise CheckpointError if anything beside the pages is not what was saved: without it, pages say nothing."""
     for part in wrong_parts(source, checkpoint, trailer):
         raise CheckpointError(

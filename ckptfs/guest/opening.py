@@ -1,4 +1,4 @@
-"""Opening a checkpoint to restore from."""
+"""Opening a checkpoint to restore from, wherever it is."""
 
 import contextlib
 import os
@@ -7,9 +7,11 @@ from ckptfs.channels.backing_file import BackingFile, OpenedFile
 from ckptfs.channels.descriptors import Descriptors, describe_address
 from ckptfs.channels.identity import Identity
 from ckptfs.channels.opened import open_regular
+from ckptfs.channels.stores.object_file import open_object
 from ckptfs.errors import CheckpointError, CommandError, StorageError
 from ckptfs.guest.base import Base, BaseOptions
-from ckptfs.migration.address import FdAddress, SeekableAddress
+from ckptfs.migration.address import FileMigrationArgs, ObjectAddress, SeekableAddress
+from ckptfs.migration.store import StoreOptions
 
 
 def open_checkpoint(
@@ -17,6 +19,7 @@ def open_checkpoint(
     identity: Identity,
     descriptors: Descriptors,
     options: BaseOptions,
+    store: StoreOptions,
     forbidden_device: int = -1,
 ) -> Base:
     """Open and check the checkpoint at ``address``, whose path is absolute, as ``identity`` may (blocking).
@@ -29,11 +32,14 @@ def open_checkpoint(
     try:
         with contextlib.ExitStack() as undo:
             file = descriptors.open(address, os.O_RDONLY)
-            if file is None:
-                assert not isinstance(address, FdAddress)
+            if isinstance(address, ObjectAddress):
+                identity.refuse_stranger(name)
+                file = open_object(address, store)
+            elif file is None:
+                assert isinstance(address, FileMigrationArgs)
                 file = _open_path(address.filename, identity, forbidden_device)
             undo.callback(file.close)
-            base = Base(name, file, 0 if isinstance(address, FdAddress) else address.offset, options)
+            base = Base(name, file, address.offset if isinstance(address, FileMigrationArgs) else 0, options)
             undo.pop_all()
     except CheckpointError as error:
         raise error.of_file(name) from None

@@ -20,7 +20,7 @@ from ckptfs.channels.descriptors import describe_address
 from ckptfs.channels.identity import Identity
 from ckptfs.channels.lane import Lane
 from ckptfs.channels.target import Target, open_target
-from ckptfs.channels.version import FileVersion, KnownFile
+from ckptfs.channels.version import KnownFile, Version
 from ckptfs.errors import QemuError, StateError
 from ckptfs.foreign.libvirt import Domain
 from ckptfs.guest.arriving import write_arriving
@@ -69,7 +69,7 @@ class SaveRequest:
     libvirt: bool = False
 
     @property
-    def expected(self) -> FileVersion | None:
+    def expected(self) -> Version | None:
         """The version that is to be replaced, None for any."""
         return None if self.known is None or self.force else self.known.version
 

@@ -10,6 +10,7 @@ from ckptfs.migration.address import LibvirtDomain, MonitorAddress
 from ckptfs.migration.capabilities import MigrationCapabilities
 from ckptfs.migration.capture import CaptureOptions
 from ckptfs.migration.parameters import MigrationParameters, ParameterValue
+from ckptfs.migration.store import StoreOptions
 
 
 class Settings:
@@ -17,7 +18,7 @@ class Settings:
 
     ``uuid`` is what capability validate-uuid compares a checkpoint's with, and writes where the source has none;
     ``shared`` the files of RAM that checkpoints may leave out, by idstr; ``capture`` how a machine is captured
-    whose RAM is its own; ``verify`` whether checksums are looked at.
+    whose RAM is its own; ``verify`` whether checksums are looked at; ``store`` how objects are reached and kept.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class Settings:
         *,
         verify: bool = False,
         libvirt_uri: str | None = None,
+        store: StoreOptions | None = None,
     ) -> None:
         self._parameters = parameters or MigrationParameters()
         self._capabilities = capabilities or MigrationCapabilities()
@@ -40,6 +42,7 @@ class Settings:
         self.capture = capture or CaptureOptions()
         self.verify = verify
         self._libvirt_uri = libvirt_uri
+        self.store = store or StoreOptions()
 
     def located(self, address: MonitorAddress) -> MonitorAddress:
         """The same; of a domain, with the libvirt that it is to be looked for at."""

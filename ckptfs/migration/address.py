@@ -2,7 +2,8 @@
 
 A URI as in QEMU's monitor (``file:/ckpt/vm1,offset=4k``) and QAPI's MigrationChannel list become the same
 MigrateAddress, a union by transport. Only ``file`` and ``fd`` can be carried out; the others are understood,
-so that they can be refused by name. Rules and error texts: migration/migration.c, migration/file.c and
+so that they can be refused by name. Beside them there are objects of a store (``s3://BUCKET/KEY``), which QEMU does
+not know. Rules and error texts: migration/migration.c, migration/file.c and
 qapi/migration.json of QEMU 10.0.
 """
 
@@ -20,6 +21,7 @@ FILE_OFFSET_MAX = (1 << 63) - 1
 _FDSET = "/dev/fdset/"
 _LIBVIRT = "libvirt:"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
+_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(:[0-9]+)?|\[[0-9A-Fa-f:.]+\](:[0-9]+)?")
 _SOCKET_TYPES = {"tcp": "inet", "unix": "unix", "vsock": "vsock"}
 
 
@@ -58,6 +60,59 @@ class FdAddress:
 
 
 @dataclass(frozen=True)
+class ObjectAddress:
+    """``s3://BUCKET/KEY``, ``gs://``, ``az://CONTAINER/KEY``, or ``https://HOST/PATH``: an object of a store.
+
+    Raises CommandError for one that names no object, or has a secret in it: everybody sees what is mounted.
+    """
+
+    url: str
+
+    def __post_init__(self) -> None:
+        scheme, _, rest = self.url.partition("://")
+        self._refuse_secrets(rest)
+        if not self.bucket or not self.key or self.key.endswith("/"):
+            form = "//HOST/PATH" if scheme in WEB else "//BUCKET/KEY"
+            raise CommandError(f"{self.url}: names no object: expected {scheme}:{form}")
+        if not _HOST.fullmatch(self.bucket):
+            raise CommandError(f"{self.url}: no bucket has that name, and no host")
+        if any(part in ("", ".", "..") for part in self.key.split("/")):
+            raise CommandError(f"{self.url}: a part of its path is empty, '.' or '..'")
+        if not self.url.isprintable():
+            raise CommandError(f"{self.url!r}: holds a character that no name of an object can have")
+
+    def _refuse_secrets(self, rest: str) -> None:
+        if "@" in self.bucket or (self.scheme in WEB and ("?" in rest or "#" in rest)):
+            raise CommandError(
+                f"{self.scheme}://...: a URL with a user, a password or a query may hold a secret, and everybody "
+                "sees what is mounted: give one without"
+            )
+
+    @property
+    def scheme(self) -> str:
+        """``s3``, ``gs``, ``az``, ``https`` or ``http``."""
+        return self.url.partition("://")[0]
+
+    @property
+    def bucket(self) -> str:
+        """The bucket or container; the host, with its port, of an ``https``."""
+        return self.url.partition("://")[2].partition("/")[0]
+
+    @property
+    def key(self) -> str:
+        """The object's name in it, without a ``/`` in front."""
+        return self.url.partition("://")[2].partition("/")[2]
+
+    def beside(self, suffix: str) -> "ObjectAddress":
+        """The object whose name has ``suffix`` behind this one's."""
+        return ObjectAddress(self.url + suffix)
+
+
+WEB = ("https", "http")
+"""The schemes of web servers, which are for reading alone."""
+
+
+@dataclass(frozen=True)
 class SocketAddress:
     """``tcp:``, ``unix:`` or ``vsock:``; ``type`` is QAPI's: inet, unix, vsock."""
 
@@ -79,8 +134,8 @@ class RdmaAddress:
     address: str
 
 
-MigrateAddress = FileMigrationArgs | FdAddress | SocketAddress | ExecAddress | RdmaAddress
-SeekableAddress = FileMigrationArgs | FdAddress
+MigrateAddress = FileMigrationArgs | FdAddress | ObjectAddress | SocketAddress | ExecAddress | RdmaAddress
+SeekableAddress = FileMigrationArgs | FdAddress | ObjectAddress
 
 
 @dataclass(frozen=True)
@@ -126,7 +181,7 @@ def seekable_file(address: MigrateAddress) -> SeekableAddress:
     Raises CommandError naming the transport otherwise.
     """
     match address:
-        case FileMigrationArgs() | FdAddress():
+        case FileMigrationArgs() | FdAddress() | ObjectAddress():
             return address
         case SocketAddress():
             transport = "socket"
@@ -166,6 +221,8 @@ def _parse_uri(uri: str, hint: str) -> MigrateAddress:
             if not rest:
                 raise CommandError("invalid file descriptor address")
             return FdAddress(rest)
+        case "s3" | "gs" | "az" | "https" | "http" if rest.startswith("//"):
+            return ObjectAddress(uri)
         case "tcp" | "unix" | "vsock":
             return SocketAddress(_SOCKET_TYPES[scheme], rest)
         case "exec":

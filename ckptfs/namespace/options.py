@@ -15,7 +15,8 @@ from ckptfs.migration.address import FILE_OFFSET_MAX, MonitorAddress, parse_moni
 from ckptfs.migration.capabilities import CAPABILITIES, MigrationCapabilities, parse_state
 from ckptfs.migration.capture import CaptureOptions, Way
 from ckptfs.migration.parameters import PARAMETERS, MigrationParameters
-from ckptfs.migration.size import parse_size_of
+from ckptfs.migration.size import MiB, parse_size_of
+from ckptfs.migration.store import PART_SIZE_MAX, PART_SIZE_MIN, StoreOptions, parse_endpoint
 from ckptfs.namespace.names import encode_name
 
 
@@ -50,6 +51,8 @@ class MountOptions:
     """Inherited descriptors by the id of their set."""
     fd: dict[str, int] = field(default_factory=dict)
     """Inherited descriptors by the NAME of ``fd:NAME``."""
+    store: StoreOptions = field(default_factory=StoreOptions)
+    """How an object is reached and kept."""
     allow_other: bool = False
     uid: str | None = None
     gid: str | None = None
@@ -165,6 +168,15 @@ def _one(attribute: str, parse: Callable[[str], object]) -> _Setter:
     return apply
 
 
+def _of_store(attribute: str, parse: Callable[[str], object]) -> _Setter:
+    """``=VALUE``, about objects."""
+
+    def apply(options: MountOptions, value: str | None) -> None:
+        setattr(options.store, attribute, parse(_required(value)))
+
+    return apply
+
+
 def _several(attribute: str) -> _Setter:
     """``=VALUE:VALUE``, and again for more."""
 
@@ -217,6 +229,15 @@ def _parse_file_size(text: str) -> int:
     size = parse_size_of("size", text)
     if size > FILE_OFFSET_MAX:
         raise CommandError(f"bad size '{text}': no file is that large")
+    return size
+
+
+def _parse_part_size(text: str) -> int:
+    size = parse_size_of("size", text)
+    if not PART_SIZE_MIN <= size <= PART_SIZE_MAX:
+        raise CommandError(
+            f"expects {PART_SIZE_MIN // MiB}M to {PART_SIZE_MAX // MiB}M: stores take no other parts"
+        )
     return size
 
 
@@ -380,6 +401,31 @@ OPTIONS = (
         _entry("fdset", _parse_fdset),
     ),
     Option("fd", "NAME:FD", "The inherited file descriptor behind fd:NAME.", _entry("fd", _parse_fd)),
+    Option(
+        "cache",
+        "DIR",
+        "Keep what is fetched of an object in DIR, for all mounts of it (default: until the mount ends).",
+        _of_store("cache", str),
+    ),
+    Option(
+        "cache_size",
+        "SIZE",
+        "How much DIR of cache= may hold; the oldest goes (default: no limit).",
+        _of_store("cache_size", _parse_file_size),
+    ),
+    Option(
+        "endpoint",
+        "URL",
+        "Where the store of s3:// is, if not at Amazon (default: AWS_ENDPOINT_URL).",
+        _of_store("endpoint", parse_endpoint),
+    ),
+    Option("region", "NAME", "The store's region (default: AWS_REGION).", _of_store("region", str)),
+    Option(
+        "part_size",
+        "SIZE",
+        "Size of the parts in which an object is uploaded (default: 8M, or what makes it 9000 parts).",
+        _of_store("part_size", _parse_part_size),
+    ),
     Option(
         "allow_other",
         "",

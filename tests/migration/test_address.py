@@ -14,6 +14,7 @@ from ckptfs.migration.address import (
     FdAddress,
     FileMigrationArgs,
     MigrateAddress,
+    ObjectAddress,
     RdmaAddress,
     SocketAddress,
     parse_channels,
@@ -249,3 +250,49 @@ json_values = st.recursive(
 def test_any_json_is_an_address_or_a_command_error(value: object) -> None:
     with contextlib.suppress(CommandError):
         parse_migrate_json(json.dumps(value))
+
+
+@pytest.mark.parametrize(
+    ("text", "bucket", "key"),
+    [
+        ("s3://bucket/a/b c", "bucket", "a/b c"),
+        ("gs://bucket/vm", "bucket", "vm"),
+        ("az://container/vm", "container", "vm"),
+        ("https://host:8443/dir/vm", "host:8443", "dir/vm"),
+        ("http://127.0.0.1/vm", "127.0.0.1", "vm"),
+    ],
+)
+def test_objects(text: str, bucket: str, key: str) -> None:
+    address = parse_target(text)
+    assert isinstance(address, ObjectAddress)
+    assert (address.bucket, address.key) == (bucket, key)
+    assert seekable_file(parse_uri(text)) == address
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("s3://", "names no object: expected s3://BUCKET/KEY"),
+        ("s3://bucket", "names no object"),
+        ("s3://bucket/", "names no object"),
+        ("s3://bucket/a/", "names no object"),
+        ("https://host", "names no object: expected https://HOST/PATH"),
+        ("s3://bucket/a/../b", "a part of its path is empty"),
+        ("s3://bucket//a", "a part of its path is empty"),
+        ("s3://bu cket/a", "no bucket has that name"),
+        ("s3://bucket/a\n", "holds a character that no name of an object can have"),
+        ("https://user:secret@host/vm", "may hold a secret"),
+        ("https://host/vm?X-Amz-Signature=secret", "may hold a secret"),
+        ("s3://KEY:secret@bucket/vm", "may hold a secret"),
+    ],
+)
+def test_what_names_no_object(text: str, words: str) -> None:
+    with pytest.raises(CommandError, match=words) as caught:
+        parse_target(text)
+    assert "secret@" not in str(caught.value)
+    assert "Signature" not in str(caught.value)
+
+
+def test_a_scheme_without_slashes_is_no_object() -> None:
+    with pytest.raises(CommandError, match="unknown migration protocol: s3:vm"):
+        parse_target("s3:vm")

@@ -13,6 +13,7 @@ from ckptfs.migration.address import LibvirtDomain, QMPSocket
 from ckptfs.migration.capabilities import CAPABILITIES
 from ckptfs.migration.parameters import PARAMETERS, MigrationParameters
 from ckptfs.migration.size import SIZE_RULE, MiB
+from ckptfs.migration.store import StoreOptions
 from ckptfs.namespace.options import MountOptions, parse_options, split_options
 
 
@@ -60,6 +61,10 @@ def changes(text: str) -> dict[str, Any]:
         (
             "qmp=libvirt:vm1,libvirt_uri=qemu:///session",
             {"qmp": LibvirtDomain("vm1"), "libvirt_uri": "qemu:///session"},
+        ),
+        (
+            "endpoint=https://s3.example.com:9000/,region=eu-1,part_size=16M,cache=/var/cache/vm,cache_size=10G",
+            {"store": StoreOptions("https://s3.example.com:9000", "eu-1", 16 * MiB, "/var/cache/vm", 10 << 30)},
         ),
     ],
 )
