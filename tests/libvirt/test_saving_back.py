@@ -47,6 +47,7 @@ def test_saved_over_and_restored_in_four_ways(
     told = json.loads(run_ckptfs("info", "--json", image).stdout)
     assert told["libvirt"] == {"domain": "vm", "format": "sparse", "was-running": True}
     assert run_ckptfs("info", "--xml", image).stdout == before
+    assert run_ckptfs("verify", image).stdout.startswith(f"{image}: sound: ")
     for options in RESTORES.values():
         restore(vm, image, *options)
         vm.libvirtd.virsh("destroy", "vm")
@@ -76,6 +77,7 @@ def test_made_of_a_machine_that_runs(vm: Domain, tmp_path: Path, run_ckptfs: Run
     vm.goes_on()
     run_ckptfs("save", *bound, image)
     vm.goes_on()
+    assert run_ckptfs("verify", image).stdout.startswith(f"{image}: sound: ")
     vm.libvirtd.virsh("destroy", "vm")
     restore(vm, image)
 
