@@ -15,6 +15,7 @@ In a checkpoint of another kind the domain is an entry of the trailer, so that i
 import json
 import struct
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 from xml.etree import ElementTree
 
@@ -27,6 +28,10 @@ MAGIC = b"LibvirtQemudSave"
 HEADER_LENGTH = 92
 MAX_DATA_LENGTH = 64 << 20
 
+NAMESPACE = "urn:ckptfs"
+"""Of the element ``mount`` in a domain's metadata: its ``path`` is where the domain's RAM is."""
+_QEMU_NAMESPACE = "http://libvirt.org/schemas/domain/qemu/1.0"
+
 RAW, SPARSE = 0, 6
 FORMATS = ("raw", "gzip", "bzip2", "xz", "lzop", "zstd", "sparse")
 """By the number in the header."""
@@ -35,6 +40,10 @@ _UNPACKERS = {"gzip": "gzip -dc", "bzip2": "bzip2 -dc", "xz": "xz -dc", "lzop": 
 _VERSION = 2
 _PADDING = 64 << 10
 """Room that libvirt leaves for another XML (virsh save-image-edit)."""
+
+
+ElementTree.register_namespace("ckptfs", NAMESPACE)
+ElementTree.register_namespace("qemu", _QEMU_NAMESPACE)
 
 
 @dataclass(frozen=True)
@@ -49,8 +58,12 @@ class Domain:
     @property
     def name(self) -> str | None:
         """What `virsh list` calls it; None if the XML can't be read."""
+        root = self._tree()
+        return None if root is None else root.findtext("name")
+
+    def _tree(self) -> ElementTree.Element | None:
         try:
-            return ElementTree.fromstring(self.xml).findtext("name")
+            return ElementTree.fromstring(self.xml)
         except ElementTree.ParseError:
             return None
 
@@ -73,6 +86,30 @@ class Domain:
         """The entry that remembers it; it is the same machine whatever happens to its memory."""
         payload = json.dumps({"xml": self.xml, "cookie": self.cookie}).encode("ascii")
         return Entry(self.ENTRY, payload, Depends.NOTHING)
+
+    def settled(self) -> "Domain":
+        """The same without an -incoming of its own: libvirt gives one to whatever it restores."""
+        root = self._tree()
+        if root is None or "-incoming" not in self.xml:
+            return self
+        for commandline in root.iter(f"{{{_QEMU_NAMESPACE}}}commandline"):
+            words = list(commandline)
+            for word, value in pairwise(words):
+                if word.get("value") == "-incoming":
+                    commandline.remove(word)
+                    commandline.remove(value)
+        return Domain(ElementTree.tostring(root, "unicode"), self.cookie)
+
+    def on_mount(self, directory: str) -> "Domain":
+        """The same with its RAM in shared files, which libvirt's hook has lie on the mount at ``directory``."""
+        root = self._tree()
+        if root is None:
+            return self
+        backing = _child(root, "memoryBacking")
+        _child(backing, "source").attrib = {"type": "file"}
+        _child(backing, "access").attrib = {"mode": "shared"}
+        _child(_child(root, "metadata"), f"{{{NAMESPACE}}}mount").attrib = {"path": directory}
+        return Domain(ElementTree.tostring(root, "unicode"), self.cookie)
 
     @property
     def data(self) -> bytes:
@@ -142,6 +179,11 @@ def _what(image: SaveImage) -> str:
         f"a save image of libvirt, packed ({image.kind}): unpack what is behind its header, as in "
         f"`(head -c {offset} FILE; tail -c +{offset + 1} FILE | {unpacker}) >UNPACKED`"
     )
+
+
+def _child(parent: ElementTree.Element, name: str) -> ElementTree.Element:
+    found = parent.find(name)
+    return ElementTree.SubElement(parent, name) if found is None else found
 
 
 def _packed(order: str, *fields: int) -> bytes:

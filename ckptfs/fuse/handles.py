@@ -6,7 +6,7 @@ A handle translates between FUSE's requests and the guest; it decides nothing.
 import errno
 import os
 import select
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 
 from pyfuse3 import FileInfo, FUSEError, PollHandle
@@ -66,6 +66,27 @@ class TextHandle(Handle):
 
     async def read(self, offset: int, length: int) -> Buffer:
         return self._text[offset : offset + length]
+
+
+class SaveImageHandle(Handle):
+    """A save image of libvirt: libvirtd reads the head, and the QEMU that it has started then the stream.
+
+    So the stream is made when it is read first; ``begin`` raises what is against that.
+    """
+
+    def __init__(self, inode: int, opener: Opener, head: bytes, begin: Callable[[], Awaitable[bytes]]) -> None:
+        super().__init__(inode, opener)
+        self._head = head
+        self._begin = begin
+        self._stream: bytes | None = None
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        if offset < len(self._head):
+            return self._head[offset : offset + length]
+        if self._stream is None:
+            self._stream = await self._begin()
+        start = offset - len(self._head)
+        return self._stream[start : start + length]
 
 
 class StatusHandle(Handle):

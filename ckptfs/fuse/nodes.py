@@ -34,6 +34,7 @@ class Nodes:
     def tree(self) -> Tree:
         """What there is now: a live checkpoint brings device state, `save ram-only` loses it."""
         self._tree.has_vmstate = self._guest.has_device_state
+        self._tree.has_save_image = self._guest.has_device_state and self._guest.domain is not None
         for idstr in list(self._guest.blocks)[self._tree.block_count :]:
             self._tree.add_block(idstr)
         if self._views is not None and self._views_seen != self._views.generation:

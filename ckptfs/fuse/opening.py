@@ -3,8 +3,9 @@
 import errno
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import trio
 
@@ -17,6 +18,7 @@ from ckptfs.fuse.handles import (
     Handle,
     PagesHandle,
     RAMHandle,
+    SaveImageHandle,
     SettingHandle,
     StatusHandle,
     TextHandle,
@@ -32,9 +34,13 @@ from ckptfs.guest.vmstate import memory_on, vmstate
 from ckptfs.namespace.options import MountOptions
 from ckptfs.namespace.status import format_status, format_status_json
 from ckptfs.namespace.tree import Node, NodeKind
-from ckptfs.qemu.users import ram_users
+from ckptfs.qemu.backends import RAMFile
+from ckptfs.qemu.users import NOBODY, RAMUser, machines, ram_users
 
 log = logging.getLogger(__name__)
+
+_FindUser = Callable[[set[int], list[RAMFile]], tuple[RAMUser, list[RAMUser]]]
+"""Given who has RAM open, and its files: who is to have the stream, and the others (blocks)."""
 
 
 @contextmanager
@@ -120,7 +126,13 @@ class Opening:
                 refuse_written(self._guest, layout)
                 return ViewHandle(inode, opener, self._guest, layout)
             case NodeKind.VMSTATE:
-                return TextHandle(inode, opener, await self._vmstate(opener))
+                return TextHandle(inode, opener, await self._vmstate(opener.pid, self._user_of(opener.pid)))
+            case NodeKind.SAVE_IMAGE if self._guest.domain is not None and self._guest.base is not None:
+                domain = self._guest.domain.on_mount(self._ram_files.mountpoint)
+                running = self._guest.base.checkpoint.run_state == "running"
+                head = domain.head(was_running=running, mapped_ram=False)
+                begin = partial(self._vmstate, opener.pid, self._user_with_memory)
+                return SaveImageHandle(inode, opener, head, begin)
         raise StateError(f"{node.name!r} can't be opened", errno.EACCES)
 
     async def truncate(self, node: Node, length: int, pid: int, by: Handle | None) -> None:
@@ -136,18 +148,26 @@ class Opening:
         elif node.kind not in (NodeKind.CTL, NodeKind.PARAMETER, NodeKind.CAPABILITY):
             raise CommandError(f"{node.name!r} has no size to set", errno.EPERM)
 
-    async def _vmstate(self, opener: Opener) -> bytes:
-        """The stream that starts a machine on this RAM, for whoever has this RAM as his own."""
+    def _user_of(self, pid: int) -> _FindUser:
+        return partial(ram_users, pid)
+
+    def _user_with_memory(self, openers: set[int], files: list[RAMFile]) -> tuple[RAMUser, list[RAMUser]]:
+        """The machine that has all of main memory, and the other machines; nobody if there is none (blocks)."""
+        memory = set(memory_on(self._guest, self._options.backends).main)
+        found = machines(openers, files)
+        user = next((user for user in found if memory <= user.holds), NOBODY)
+        return user, [other for other in found if other is not user]
+
+    async def _vmstate(self, pid: int, find_user: _FindUser) -> bytes:
+        """The stream that starts a machine on this RAM, for whoever has this RAM; process ``pid`` asks for it."""
         guest, ram_files = self._guest, self._ram_files
         await guest.flush(list(guest.blocks))  # the kernel may hold pages that a machine has written
         memory = memory_on(guest, self._options.backends)
-        user, others = await trio.to_thread.run_sync(
-            ram_users, opener.pid, ram_files.openers, ram_files.files(guest.blocks)
-        )
+        user, others = await trio.to_thread.run_sync(find_user, ram_files.openers, ram_files.files(guest.blocks))
         try:
             stream = await vmstate(guest, memory, user, others)
         except StateError as error:
-            log.warning("vmstate was refused to process %d: %s", opener.pid, error)
+            log.warning("vmstate was refused to process %d: %s", pid, error)
             guest.machines.note_vmstate(str(error))
             raise
         guest.machines.note_vmstate(None)

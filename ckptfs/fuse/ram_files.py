@@ -62,6 +62,11 @@ class RAMFiles:
         """st_dev of the mount, once it is there."""
 
     @property
+    def mountpoint(self) -> str:
+        """The directory of the mount."""
+        return self._mountpoint
+
+    @property
     def idstrs(self) -> list[str]:
         """All blocks."""
         return [node.subject for node in self._nodes.tree.list(RAM.inode)]

@@ -23,6 +23,7 @@ from ckptfs.channels.reflink import share
 from ckptfs.channels.working_set import ByteRange, read_working_set, write_working_set
 from ckptfs.errors import CheckpointError, CkptfsError, CommandError, StateError, StorageError
 from ckptfs.foreign.content import Content, read_content, read_header
+from ckptfs.foreign.libvirt import Domain
 from ckptfs.guest.block import BaseBlock
 from ckptfs.guest.pages import MappedPages, PageSource, RecordedPages
 from ckptfs.mapped_ram.bitmap import PagesBitmap, Run
@@ -141,6 +142,7 @@ class Base:
             if content.trailer_problem is not None:
                 log.warning("%s: what it says of its machine can't be read: %s", path, content.trailer_problem)
             self.checkpoint, self.trailer = content.checkpoint, content.trailer
+            self.domain = Domain.of(content.trailer)
             self.checksums = checksums_in(self.trailer, self.checkpoint.blocks)
             self._verified = self.checksums if options.verify else None
             self.blocks = {

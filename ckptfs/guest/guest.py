@@ -17,6 +17,7 @@ import numpy as np
 import trio
 
 from ckptfs.errors import CommandError, StateError, StorageError
+from ckptfs.foreign.libvirt import Domain
 from ckptfs.guest.base import BadPagesError, Base
 from ckptfs.guest.block import Content, GuestBlock, Segment
 from ckptfs.guest.incoming import restore_blocks
@@ -132,6 +133,11 @@ class Guest:
     def base(self) -> Base | None:
         """The checkpoint below what was written; of a guest that was `restored` it is closed."""
         return self._base
+
+    @property
+    def domain(self) -> Domain | None:
+        """The machine as libvirt knows it, where the checkpoint does."""
+        return None if self._base is None else self._base.domain
 
     @property
     def page_size(self) -> int:

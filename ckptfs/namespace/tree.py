@@ -40,6 +40,7 @@ class NodeKind(Enum):
     STATUS_JSON = auto()
     EVENTS = auto()
     VMSTATE = auto()
+    SAVE_IMAGE = auto()
     RAM = auto()
     PAGES = auto()
     PARAMETER = auto()
@@ -77,6 +78,7 @@ PAGES = Node(8, ROOT_INODE, b"pages", NodeKind.DIRECTORY)
 PARAMETERS_DIR = Node(9, ROOT_INODE, b"parameters", NodeKind.DIRECTORY)
 CAPABILITIES_DIR = Node(10, ROOT_INODE, b"capabilities", NodeKind.DIRECTORY)
 VIEWS = Node(11, ROOT_INODE, b"views", NodeKind.DIRECTORY)
+SAVE_IMAGE = Node(12, ROOT_INODE, b"libvirt-save", NodeKind.SAVE_IMAGE)
 
 _FIXED = [
     ROOT,
@@ -85,6 +87,7 @@ _FIXED = [
     STATUS_JSON,
     EVENTS,
     VMSTATE,
+    SAVE_IMAGE,
     RAM,
     PAGES,
     PARAMETERS_DIR,
@@ -113,6 +116,12 @@ FILES = (
     ),
     ("vmstate", "r", "The stream for QEMU's `-incoming file:`, if the checkpoint is of a machine."),
     (
+        "libvirt-save",
+        "r",
+        "The same as a save image for `virsh restore`, if the checkpoint knows its domain. libvirt's hook gives the"
+        " domain the RAM of this mount.",
+    ),
+    (
         "ram/NAME",
         "rw",
         "A RAM block. The file has the size of the block, and st_blocks says how much is stored. Use it with"
@@ -136,8 +145,9 @@ FILES = (
 class Tree:
     """The nodes of one mount.
 
-    ``has_vmstate`` and views may change while mounted: a live checkpoint brings device state. A block's node stays
-    once it is there. Permissions are those that ``umask`` leaves; a read-only mount has no writable RAM.
+    ``has_vmstate``, ``has_save_image`` and views may change while mounted: a live checkpoint brings device state. A
+    block's node stays once it is there. Permissions are those that ``umask`` leaves; a read-only mount has no
+    writable RAM.
     """
 
     def __init__(
@@ -145,11 +155,13 @@ class Tree:
         idstrs: Iterable[str],
         *,
         has_vmstate: bool = False,
+        has_save_image: bool = False,
         has_views: bool = False,
         read_only: bool = False,
         umask: int = 0o077,
     ) -> None:
         self.has_vmstate = has_vmstate
+        self.has_save_image = has_save_image
         self.has_views = has_views
         self._read_only = read_only
         self._umask = umask
@@ -240,9 +252,8 @@ class Tree:
             self._children[node.parent_inode][node.name] = node
 
     def _visible(self, node: Node | None) -> Node | None:
-        if (node is VMSTATE and not self.has_vmstate) or (node is VIEWS and not self.has_views):
-            return None
-        return node
+        hidden = {VMSTATE: not self.has_vmstate, SAVE_IMAGE: not self.has_save_image, VIEWS: not self.has_views}
+        return None if node is None or hidden.get(node) else node
 
 
 @dataclass(frozen=True)

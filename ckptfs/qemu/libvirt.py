@@ -172,7 +172,7 @@ def _open(connection: Any, name: str, deadline: float, callbacks: _Callbacks) ->
     version = version_text(json.loads(answer).get("return"))
     xml = domain.XMLDesc(libvirt.VIR_DOMAIN_XML_SECURE | libvirt.VIR_DOMAIN_XML_MIGRATABLE)
     pid = _pid_of(domain.UUIDString())
-    monitor = DomainMonitor(connection, domain, deadline, pid, version, Domain(xml))
+    monitor = DomainMonitor(connection, domain, deadline, pid, version, Domain(xml).settled())
     callbacks.tell(monitor)
     callbacks.register(domain)
     return monitor

@@ -24,6 +24,10 @@ class RAMUser:
     maps_private: frozenset[str]
 
 
+NOBODY = RAMUser(0, frozenset(), frozenset(), frozenset())
+"""No process at all."""
+
+
 def ram_users(pid: int, openers: set[int], files: list[RAMFile]) -> tuple[RAMUser, list[RAMUser]]:
     """Look at process ``pid``, and at what the other ``openers`` of the files have mapped.
 

@@ -94,7 +94,7 @@ def test_the_tree_has_every_file_key_command_and_setting(shown: Shown) -> None:
     assert {*CTL_COMMANDS, *PARAMETERS, *CAPABILITIES, *MAKERS} <= found
     assert {word for event in EVENTS for word in (event.name, event.member)} <= found
     assert {f"user.ckptfs.{name.decode().rpartition('.')[2]}" for name in ram_xattrs(BLOCK)} <= set(text.split())
-    tree = Tree(["pc.ram"], has_vmstate=True, has_views=True)
+    tree = Tree(["pc.ram"], has_vmstate=True, has_save_image=True, has_views=True)
     for node in tree.list(1):
         assert f"   {node.name.decode()}{'/NAME' if node.is_directory else ''} (r" in text
     for state in PageState:

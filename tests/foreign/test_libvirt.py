@@ -1,6 +1,7 @@
 """libvirt's header, byte for byte as it is in qemu_saveimage.h. The real thing is in tests/libvirt."""
 
 import contextlib
+import re
 import struct
 from dataclasses import replace
 
@@ -69,6 +70,21 @@ def test_a_head_of_ours_is_read_as_it_was_meant(domain: Domain, mapped: bool) ->
     found = read_save_image(BytesSource(head + b"QEVM"))
     assert found == SaveImage(domain, False, "sparse" if mapped else "raw", len(head))
     assert len(head) == len(domain.head(was_running=True, mapped_ram=not mapped))
+
+
+def test_a_domain_on_a_mount() -> None:
+    qemu = "http://libvirt.org/schemas/domain/qemu/1.0"
+    arguments = "".join(f"<qemu:arg value='{word}'/>" for word in ("-S", "-incoming", "file:/x", "-qmp"))
+    xml = f"<domain xmlns:qemu='{qemu}'><name>vm</name><qemu:commandline>{arguments}</qemu:commandline></domain>"
+    found = Domain(xml, COOKIE).settled()
+    assert found.cookie == COOKIE
+    assert re.findall('value="([^"]*)"', found.xml) == ["-S", "-qmp"]
+    assert Domain(XML).settled() == Domain(XML)
+    moved = found.on_mount("/mnt/a&b")
+    assert moved.on_mount("/mnt/a&b") == moved
+    assert '<memoryBacking><source type="file" /><access mode="shared" /></memoryBacking>' in moved.xml
+    assert '<ckptfs:mount path="/mnt/a&amp;b" />' in moved.xml
+    assert (moved.name, Domain("no xml").on_mount("/mnt")) == ("vm", Domain("no xml"))
 
 
 def test_a_trailer_remembers_the_domain() -> None:

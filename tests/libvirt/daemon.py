@@ -27,9 +27,10 @@ from tests.qemu.stepper import Stepper
 DEADLINE = 60.0
 """Seconds for any one command."""
 
-PROGRAMS = ("qemu-system-x86_64", "gzip", "bzip2", "xz", "zstd", "mount", "sh", "sed", "ln", "logger")
+PROGRAMS = ("qemu-system-x86_64", "gzip", "bzip2", "xz", "zstd", "mount", "sh", "sed", "ln", "cat")
 _OWN = {"etc": "/etc/libvirt", "run": "/run/libvirt", "lib": "/var/lib/libvirt"}
 _OWN |= {"cache": "/var/cache/libvirt", "log": "/var/log/libvirt"}
+HOOK = Path(__file__).parents[2] / "mount-helpers" / "libvirt-qemu-hook"
 _KVM = "/dev/kvm"
 _KEEPER = """\
 import ctypes, os, subprocess, sys
@@ -73,6 +74,7 @@ class Libvirtd:
         self.managed = self._state / "lib" / "qemu" / "save"
         """Where managed saves are."""
         self.hooks.mkdir()
+        shutil.copy(HOOK, self.hooks / "qemu")
         self.memory.mkdir()
         self.configure("qemu", "")
         self.configure("libvirtd", _LIBVIRTD_CONF.format(log=self._state / "libvirtd.log"))

@@ -44,6 +44,13 @@ def test_vmstate_is_there_only_with_device_state() -> None:
     assert tree.lookup(nodes.ROOT.inode, b"vmstate") is tree.node(nodes.VMSTATE.inode) is nodes.VMSTATE
 
 
+def test_a_save_image_is_there_only_where_the_domain_is_known() -> None:
+    tree = Tree([], has_vmstate=True)
+    assert tree.lookup(nodes.ROOT.inode, b"libvirt-save") is None
+    tree.has_save_image = True
+    assert tree.lookup(nodes.ROOT.inode, b"libvirt-save") is nodes.SAVE_IMAGE
+
+
 def test_blocks() -> None:
     tree = Tree(["pc.ram", "/rom@etc/acpi"])
     assert names(tree, nodes.RAM) == names(tree, nodes.PAGES) == ["pc.ram", "%2From@etc%2Facpi"]
