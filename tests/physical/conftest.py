@@ -68,6 +68,7 @@ class SavedGuests:
         self._directory = directory
         self._resources = resources
         self._linux: Saved | None = None
+        self._told: Saved | None = None
 
     def linux(self) -> Saved:
         """A Linux with two vCPUs, without KASLR."""
@@ -75,6 +76,19 @@ class SavedGuests:
             vm = Qemu(self._guest, "-smp", "2", append="nokaslr")
             self._linux = self._save("linux", vm, Qemu.tick, dump=True)
         return self._linux
+
+    def told(self) -> Saved:
+        """A Linux with KASLR that has told QEMU of its VMCOREINFO, on a q35 of two NUMA nodes."""
+        if self._told is None:
+            nodes = [
+                word
+                for node, size in (("m0", "128M"), ("m1", "64M"))
+                for word in ("-object", f"memory-backend-ram,id={node},size={size}", "-numa", f"node,memdev={node}")
+            ]
+            arguments = ("-smp", "2", "-device", "vmcoreinfo", *nodes)
+            vm = Qemu(self._guest, *arguments, machine="q35", memory="192M", append="vmcoreinfo=1")
+            self._told = self._save("told", vm, Qemu.tick, dump=True)
+        return self._told
 
     def firmware(self, name: str, machine: str, memory: str, *arguments: str) -> Saved:
         """A machine whose firmware has come to its end."""

@@ -9,6 +9,7 @@ What it prints on ttyS0, a line each:
 """
 
 import hashlib
+import lzma
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ mount -t devtmpfs none /dev
 mount -t proc none /proc
 mount -t tmpfs -o size=100% none /tmp
 exec >/dev/ttyS0 2>&1
+[ ${vmcoreinfo:-0} -eq 0 ] || insmod /qemu_fw_cfg.ko # hands QEMU the note of that name
 
 unit=65536
 units=$(($(stat -c %s /blob) / unit)) # of the blob
@@ -102,6 +104,7 @@ def build_guest(directory: Path) -> Guest:
                 *(_directory(name) for name in ("bin", "dev", "proc", "tmp")),
                 _file("bin/busybox", (CACHE / "busybox").read_bytes(), 0o755),
                 _file("init", INIT.encode(), 0o755),
+                *_module("qemu_fw_cfg.ko"),
                 _file("blob", blob, 0o444),
                 _file("blob.md5", f"{md5}  -\n".encode(), 0o444),
                 _CONSOLE,
@@ -122,6 +125,15 @@ class _Entry:
 
 _CONSOLE = _Entry("dev/console", 0o020600, device=(5, 1))  # for what init prints before it has mounted /dev
 _TRAILER = _Entry("TRAILER!!!", 0)
+
+
+def _module(name: str) -> list[_Entry]:
+    """A module of the kernel, which Debian has packed since 13; none where it was not fetched."""
+    path = CACHE / name
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    return [_file(name, lzma.decompress(data) if data.startswith(b"\xfd7zXZ") else data, 0o444)]
 
 
 def _directory(name: str) -> _Entry:

@@ -1,0 +1,42 @@
+"""Public tools on views/ of a Linux that tells of itself; what needs its symbols is in `make test-tools`."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import ckptfs
+from tests.mount.conftest import Mount
+from tests.physical.conftest import SavedGuests
+from tests.physical.elf import read_elf
+from tests.physical.test_stock_dump import flat_view
+from tests.physical.test_views import assert_same_memory
+
+
+def test_every_note_and_all_memory_with_kaslr_and_two_nodes(saved: SavedGuests, mount: Mount) -> None:
+    told = saved.told()
+    assert told.dump is not None
+    mounted = mount(told.path)
+    core = read_elf(mounted.path / "views" / "vmcore")
+    assert [note.name for note in core.notes] == [b"CORE", b"CORE", b"QEMU", b"QEMU", b"VMCOREINFO"]
+    assert core.notes == told.dump.notes
+    assert_same_memory(core, told.dump)
+    with ckptfs.open(told.path) as checkpoint:
+        expected = [entry for entry in flat_view(told.mtree) if entry[2] in ("m0", "m1", "pc.bios")]
+        assert [(x.start, x.stop, x.idstr, x.block_offset) for x in checkpoint.physical.regions] == expected
+        note = checkpoint.vmcoreinfo()
+        assert (mounted.path / "views" / "vmcoreinfo").read_text() == note
+    moved = re.search(r"^KERNELOFFSET=(\w+)$", note, re.MULTILINE)
+    assert moved is not None
+    assert f"KERNELOFFSET={moved[1]}\n" in (mounted.path / "views" / "map").read_text()
+
+
+def test_makedumpfile(saved: SavedGuests, mount: Mount, tmp_path: Path) -> None:
+    mounted = mount(saved.told().path)
+    core = mounted.path / "views" / "vmcore"
+    subprocess.run(["makedumpfile", "--dump-dmesg", core, tmp_path / "dmesg"], capture_output=True, check=True)
+    assert "Linux version " in (tmp_path / "dmesg").read_text()
+    read = mounted.status()["read-pages"]
+    assert 0 < read < mounted.status()["page-count"] // 20
+    subprocess.run(["makedumpfile", "-d", "31", "-c", core, tmp_path / "small"], capture_output=True, check=True)
+    assert (tmp_path / "small").read_bytes().startswith(b"KDUMP   ")
+    assert 1 << 20 < (tmp_path / "small").stat().st_size < core.stat().st_size // 2
