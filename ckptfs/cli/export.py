@@ -12,7 +12,6 @@ import shlex
 import signal
 import sys
 from collections.abc import Iterator
-from functools import partial
 from typing import Self
 
 import numpy as np
@@ -28,7 +27,7 @@ from ckptfs.cli.control import perform
 from ckptfs.cli.progress import CANCELLING, Display, display_for, tell
 from ckptfs.cli.save import save_shown
 from ckptfs.errors import CkptfsError, CommandError, StateError, StorageError
-from ckptfs.guest.base import Base, BaseOptions
+from ckptfs.guest.base import BaseOptions
 from ckptfs.guest.export import Exported, GuestMemory, Memory, write_layout
 from ckptfs.guest.guest import Guest
 from ckptfs.guest.opening import open_checkpoint
@@ -37,6 +36,7 @@ from ckptfs.guest.vmstate import memory_on
 from ckptfs.mapped_ram.bitmap import PagesBitmap
 from ckptfs.migration.address import FileMigrationArgs
 from ckptfs.migration.size import format_size
+from ckptfs.migration.store import StoreOptions
 from ckptfs.namespace.names import encode_name
 from ckptfs.physical.layouts import Extent, Layout, flat, lime_image
 from ckptfs.physical.memory_map import MemoryMap, Region
@@ -94,16 +94,17 @@ def _export(arguments: argparse.Namespace, display: Display) -> str:
             raise CommandError("--map and --offset are for a FILE; for a mount they are mount options")
         return _export_mount(arguments.path, out, arguments.format, display)
     address = FileMigrationArgs(os.path.abspath(arguments.path), arguments.offset)
-    options = BaseOptions(DirectIO(False), _CHANNELS)
-    opening = partial(open_checkpoint, address, Identity.of_daemon(), Descriptors(), options)
-    return trio.run(_export_file, opening, out, arguments, display)
+    return trio.run(_export_file, address, out, arguments, display)
 
 
 # ---- a file ------------------------------------------------------------------------------------------
 
 
-async def _export_file(opening: "partial[Base]", out: str, arguments: argparse.Namespace, display: Display) -> str:
-    guest = Guest.incoming(opening())
+async def _export_file(
+    address: FileMigrationArgs, out: str, arguments: argparse.Namespace, display: Display
+) -> str:
+    options = BaseOptions(DirectIO(False), _CHANNELS)
+    guest = Guest.incoming(open_checkpoint(address, Identity.of_daemon(), Descriptors(), options, StoreOptions()))
     try:
         if arguments.format in _CHECKPOINTS:
             libvirt = arguments.format == "libvirt"
