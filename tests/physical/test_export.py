@@ -5,12 +5,15 @@ import os
 import signal
 import struct
 import subprocess
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from ckptfs.cli.export import run
+from ckptfs.errors import CkptfsError
 from tests.doubles.checkpoints import ram_in
 from tests.doubles.migration_file import Block, MigrationFile
 from tests.mount.conftest import Mount
@@ -28,7 +31,7 @@ Export = Callable[..., str]
 def export() -> Export:
     """`export(FILE_OR_DIR, OUT, "raw")` is its answer, or with ``code`` its words on stderr."""
 
-    def run(source: Path, out: Path | str, kind: str, *more: str, code: int = 0) -> str:
+    def export(source: Path, out: Path | str, kind: str, *more: str, code: int = 0) -> str:
         done = subprocess.run(
             [BIN / "ckptfs", "export", source, out, "--format", kind, *more],
             capture_output=True,
@@ -38,7 +41,7 @@ def export() -> Export:
         assert done.returncode == code, done.stderr
         return done.stderr if code else done.stdout
 
-    return run
+    return export
 
 
 def lime_ranges(path: Path) -> dict[int, bytes]:
@@ -153,26 +156,34 @@ def test_a_map_by_hand(export: Export, tmp_path: Path) -> None:
     assert flat[1 << 20 :].startswith(b"one")
 
 
-def test_what_is_refused(mount: Mount, export: Export, tmp_path: Path) -> None:
+def refusal(source: Path, out: Path | str, kind: str, *places: str) -> str:
+    """What is said, without a process for each."""
+    arguments = Namespace(path=str(source), out=str(out), format=kind, map=list(places), offset=0)
+    with pytest.raises((CkptfsError, OSError)) as error:
+        run(Namespace(**vars(arguments), quiet=True, json=False))
+    return str(error.value)
+
+
+def test_what_is_refused(mount: Mount, tmp_path: Path) -> None:
     MigrationFile(blocks=[Block("a", 16, {1: b"one"})]).write(tmp_path / "ckpt")
     before = (tmp_path / "ckpt").read_bytes()
     (tmp_path / "link").symlink_to("ckpt")
     for out in ("ckpt", "link"):
-        assert "is the file to be exported" in export(tmp_path / "ckpt", tmp_path / out, "raw", code=2)
-    assert "directory" in export(tmp_path / "ckpt", tmp_path, "raw", "--map", "a@0", code=2)
-    assert "not a regular file" in export(tmp_path / "ckpt", "/dev/null", "raw", "--map", "a@0", code=2)
-    assert "--map" in export(tmp_path / "ckpt", tmp_path / "out", "raw", code=1)
-    assert "x86-64" in export(tmp_path / "ckpt", tmp_path / "out", "elf", "--map", "a@0", code=1)
-    assert "name a file" in export(tmp_path / "ckpt", "-", "mapped-ram", code=2)
-    assert "No such file" in export(tmp_path / "nosuch", tmp_path / "out", "raw", code=1)
-    assert "no guest's RAM" in export(tmp_path, tmp_path / "out", "raw", code=1)
+        assert "is the file to be exported" in refusal(tmp_path / "ckpt", tmp_path / out, "raw")
+    assert "directory" in refusal(tmp_path / "ckpt", tmp_path, "raw", "a@0")
+    assert "not a regular file" in refusal(tmp_path / "ckpt", "/dev/null", "raw", "a@0")
+    assert "--map" in refusal(tmp_path / "ckpt", tmp_path / "out", "raw")
+    assert "x86-64" in refusal(tmp_path / "ckpt", tmp_path / "out", "elf", "a@0")
+    assert "name a file" in refusal(tmp_path / "ckpt", "-", "mapped-ram")
+    assert "No such file" in refusal(tmp_path / "nosuch", tmp_path / "out", "raw")
+    assert "no guest's RAM" in refusal(tmp_path, tmp_path / "out", "raw")
     mounted = mount(tmp_path / "ckpt", "map=a@0")
-    assert "is what is mounted" in export(mounted.path, tmp_path / "ckpt", "raw", code=2)
-    assert "is what is mounted" in export(mounted.path, tmp_path / "ckpt", "mapped-ram", code=2)
-    assert "on this mount" in export(mounted.path, mounted.path / "out", "raw", code=2)
+    assert "is what is mounted" in refusal(mounted.path, tmp_path / "ckpt", "raw")
+    assert "is what is mounted" in refusal(mounted.path, tmp_path / "ckpt", "mapped-ram")
+    assert "on this mount" in refusal(mounted.path, mounted.path / "out", "raw")
     with (mounted.ram / "a").open("r+b") as ram:
         ram.write(b"changed")
-    assert "written since the checkpoint" in export(mounted.path, tmp_path / "out", "raw", code=1)
+    assert "written since the checkpoint" in refusal(mounted.path, tmp_path / "out", "raw")
     assert (tmp_path / "ckpt").read_bytes() == before
     assert sorted(path.name for path in tmp_path.glob("*out*")) == []
 
