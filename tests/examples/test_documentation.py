@@ -1,6 +1,7 @@
 """Every command that the documentation shows, as it stands there."""
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -34,3 +35,11 @@ def test_its_links_lead_somewhere(document: Path) -> None:
     links = re.findall(r"\]\((?!https?://)([^)#]+)(?:#[^)]*)?\)", document.read_text())
     missing = [link for link in links if not (document.parent / link).exists()]
     assert not missing
+
+
+def test_its_pictures_are_as_they_are_drawn() -> None:
+    directory = ROOT / "docs" / "pictures"
+    drawn = runpy.run_path(str(directory / "draw.py"))["PICTURES"]
+    assert {name: (directory / f"{name}.svg").read_text() for name in drawn} == {
+        name: draw().svg() for name, draw in drawn.items()
+    }
