@@ -97,6 +97,10 @@ test -z "$(find {staging} -type d '(' -name tests -o -name _tests ')')"
 tar -C {staging} -c . | tar -C / -x --keep-directory-symlink --no-overwrite-dir
 rm -r {staging}
 test "$(readlink /sbin/mount.ckptfs)" = {prefix}/bin/mount.ckptfs
+for page in mount.ckptfs.8 ckptfs.1 ckptfs.5; do
+    man -M {prefix}/share/man --where ${{page##*.}} ${{page%.*}} | grep /share/man/man${{page##*.}}/$page
+done
+bash -c '. {prefix}/share/bash-completion/completions/ckptfs; complete -p ckptfs'
 
 {prefix}/bin/qmp-shell --help | grep -F qmp_server
 mount -t ckptfs {checkpoint} {directory} -o prefetch=on,multifd_channels=3
