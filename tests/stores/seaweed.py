@@ -66,6 +66,7 @@ class Seaweed:
             "s3.port": s3,
             "s3.port.grpc": grpc[3],
             "s3.port.iceberg": 0,
+            "s3.port.lance": 0,
             "s3.config": self.directory / "s3.json",
             "iam": "false",
         }
