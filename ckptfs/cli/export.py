@@ -34,7 +34,7 @@ from ckptfs.guest.opening import open_checkpoint
 from ckptfs.guest.views import look
 from ckptfs.guest.vmstate import memory_on
 from ckptfs.mapped_ram.bitmap import PagesBitmap
-from ckptfs.migration.address import FileMigrationArgs
+from ckptfs.migration.address import FileMigrationArgs, ObjectAddress, SeekableAddress, parse_target
 from ckptfs.migration.size import format_size
 from ckptfs.migration.store import StoreOptions
 from ckptfs.namespace.names import encode_name
@@ -93,16 +93,20 @@ def _export(arguments: argparse.Namespace, display: Display) -> str:
         if arguments.map or arguments.offset:
             raise CommandError("--map and --offset are for a FILE; for a mount they are mount options")
         return _export_mount(arguments.path, out, arguments.format, display)
-    address = FileMigrationArgs(os.path.abspath(arguments.path), arguments.offset)
+    address = _address(arguments.path, arguments.offset)
     return trio.run(_export_file, address, out, arguments, display)
+
+
+def _address(path: str, offset: int) -> SeekableAddress:
+    """A file, or an object (``s3://BUCKET/KEY``), as a mount takes it."""
+    address = parse_target(path) if "://" in path else None
+    return address if isinstance(address, ObjectAddress) else FileMigrationArgs(os.path.abspath(path), offset)
 
 
 # ---- a file ------------------------------------------------------------------------------------------
 
 
-async def _export_file(
-    address: FileMigrationArgs, out: str, arguments: argparse.Namespace, display: Display
-) -> str:
+async def _export_file(address: SeekableAddress, out: str, arguments: argparse.Namespace, display: Display) -> str:
     options = BaseOptions(DirectIO(False), _CHANNELS)
     guest = Guest.incoming(open_checkpoint(address, Identity.of_daemon(), Descriptors(), options, StoreOptions()))
     try:

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.cli.conftest import RunCkptfs
 from tests.doubles.migration_file import Block, MigrationFile
 from tests.mount.conftest import Mount
-from tests.mount.decode import PAGE
+from tests.mount.decode import PAGE, decode
 from tests.mount.test_silence import ERRORS, SHORT_DEADLINE, read
 from tests.stores.relay import Relay
 from tests.stores.seaweed import Seaweed
@@ -60,6 +61,14 @@ def test_a_dense_object_is_mounted(stored: str, mount: Mount) -> None:
     with (mounted.ram / "pc.ram").open("rb") as file:
         file.seek(40 * MiB + 5)
         assert file.read(3 * MiB) == CONTENT[40 * MiB + 5 : 43 * MiB + 5]
+
+
+def test_exported_without_a_mount(stored: str, tmp_path: Path, run_ckptfs: RunCkptfs) -> None:
+    run_ckptfs("export", f"s3://{stored}/dir/sparse", tmp_path / "copy", "--format", "mapped-ram")
+    assert decode(tmp_path / "copy").blocks["pc.ram"].tobytes() == CONTENT
+    assert run_ckptfs("verify", tmp_path / "copy").stdout.startswith(f"{tmp_path}/copy: sound: ")
+    run_ckptfs("export", f"s3://{stored}/dense", tmp_path / "flat", "--format", "raw", "--map", "pc.ram@0")
+    assert (tmp_path / "flat").read_bytes() == CONTENT
 
 
 def test_eight_readers_of_one_chunk_fetch_it_once(stored: str, relay: Relay, mount: Mount) -> None:
