@@ -23,6 +23,7 @@ from ckptfs.qemu.capture.mounted import Capture, capture
 from ckptfs.qemu.capture.session import refuse_if_torn
 from ckptfs.qemu.monitor import Event, connected
 from tests.doubles.qmp_server import FakeQemu, Fault, QmpServer, hang, hang_up, refuse, served
+from tests.doubles.storage import open_descriptors, wait_until_open
 
 LONG = os.urandom(3 << 20)  # more than a pipe holds
 BEFORE_THE_STOP = [
@@ -38,10 +39,10 @@ AFTER_THE_STOP = ["migrate", "migrate-continue", "query-migrate"]
 
 @pytest.fixture(autouse=True)
 def _nothing_stays_behind() -> Iterator[None]:
-    descriptors = len(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     yield
     assert not [thread for thread in threading.enumerate() if thread.name == "qmp"]
-    assert len(os.listdir("/proc/self/fd")) == descriptors
+    wait_until_open(before)
 
 
 class Case:

@@ -16,6 +16,7 @@ from ckptfs.errors import QemuError
 from ckptfs.qemu import monitor as monitor_module
 from ckptfs.qemu.monitor import connected
 from tests.doubles.qmp_server import FakeQemu, HangUpError, QmpServer, hang, hang_up, relayed, served
+from tests.doubles.storage import open_descriptors, wait_until_open
 from tests.qemu.guest import Guest
 from tests.qemu.machine import Qemu
 
@@ -44,10 +45,10 @@ async def server(
 
 @pytest.fixture(autouse=True)
 def _nothing_stays_behind() -> Iterator[None]:
-    before = len(os.listdir("/proc/self/fd")), threading.active_count()
+    before = open_descriptors()
     yield
-    after = len(os.listdir("/proc/self/fd")), len([t for t in threading.enumerate() if t.name == "qmp"])
-    assert after == (before[0], 0)
+    wait_until_open(before)
+    assert "qmp" not in [thread.name for thread in threading.enumerate()]
 
 
 def connect(path: Path, deadline: float = 20.0) -> Any:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import trio
 
+from tests.doubles.storage import open_descriptors, wait_until_open
 from tests.mount.disk import Disk
 from tests.qemu.guest import BLOB_LENGTH, Guest
 from tests.qemu.machine import VGA_AND_RNG, Qemu
@@ -150,7 +151,7 @@ async def test_a_file_that_is_no_checkpoint_shows_in_the_notes(guest_files: Gues
 
 
 async def test_nothing_stays_behind(guest_files: Guest) -> None:
-    descriptors = os.listdir("/proc/self/fd")
+    before = open_descriptors()
     vm = Qemu(guest_files)
     with pytest.raises(trio.TooSlowError) as caught:  # noqa: PT012 - what is left when the block is left
         async with vm:
@@ -159,7 +160,7 @@ async def test_nothing_stays_behind(guest_files: Guest) -> None:
     with pytest.raises(ProcessLookupError):
         os.kill(vm.pid, 0)
     assert not vm.qmp_path.parent.exists()
-    assert os.listdir("/proc/self/fd") == descriptors
+    wait_until_open(before)
     assert any("its serial line" in note for note in caught.value.__notes__)
 
 
