@@ -41,6 +41,11 @@ class _Token:
             return False
         return True
 
+    @property
+    def taken(self) -> bool:
+        """Whether it was."""
+        return not self._tokens
+
 
 class Lane:
     """The calls on one file."""
@@ -58,6 +63,11 @@ class Lane:
         if not self._committed and not self._token.take():
             raise LeftBehindError
         self._committed = True
+
+    def go_on(self) -> None:
+        """In a call that takes long: raises LeftBehindError if nobody waits for it any more."""
+        if self._token.taken and not self._committed:
+            raise LeftBehindError
 
     async def ask(
         self,

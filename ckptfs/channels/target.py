@@ -25,11 +25,13 @@ from typing import Protocol
 from ckptfs.channels.backing_file import BackingFile, DirectIO, FileSource, OpenedFile, pread, pwrite_all
 from ckptfs.channels.descriptors import Descriptors, describe_address
 from ckptfs.channels.identity import Identity
+from ckptfs.channels.stores.upload import ObjectTarget
 from ckptfs.channels.version import NOTHING, FileVersion, Version
 from ckptfs.errors import CheckpointError, CommandError, StateError, StorageError
 from ckptfs.foreign.libvirt import SaveImage, read_save_image
 from ckptfs.mapped_ram.stream import MAGIC
 from ckptfs.migration.address import FdAddress, ObjectAddress, SeekableAddress
+from ckptfs.migration.store import StoreOptions
 
 _SUFFIX = ".ckptfs-partial"
 _COPY_LENGTH = 1 << 24
@@ -69,8 +71,11 @@ class Target(Protocol):
     def reader(self) -> BackingFile | None:
         """Open what was written for reading; None if that was not granted."""
 
-    def publish(self, commit: Callable[[], None] = lambda: None) -> None:
-        """Make it durable under its final name; ``commit`` is called before what can't be undone, and may raise."""
+    def publish(self, commit: Callable[[], None] = lambda: None, go_on: Callable[[], None] = lambda: None) -> None:
+        """Make it durable under its final name; ``commit`` is called before what can't be undone, and may raise.
+
+        So may ``go_on``, which is called now and then where it takes long.
+        """
 
     @property
     def published(self) -> Version | None:
@@ -121,7 +126,7 @@ class HandedTarget:
         except OSError:
             return None
 
-    def publish(self, commit: Callable[[], None] = lambda: None) -> None:
+    def publish(self, commit: Callable[[], None] = lambda: None, go_on: Callable[[], None] = lambda: None) -> None:
         """It is durable already."""
         commit()
         self.published = FileVersion.of(self.file.fd)
@@ -226,7 +231,7 @@ class PathTarget:
         finally:
             os.close(old)
 
-    def publish(self, commit: Callable[[], None] = lambda: None) -> None:
+    def publish(self, commit: Callable[[], None] = lambda: None, go_on: Callable[[], None] = lambda: None) -> None:
         """Make the file durable and give it its final name."""
         os.fdatasync(self.file.fd)
         version = FileVersion.of(self.file.fd)  # a rename changes none of it, and after one nothing may fail
@@ -461,6 +466,7 @@ def open_target(
     identity: Identity,
     descriptors: Descriptors,
     forbidden_device: int,
+    store: StoreOptions,
     expected: Version | None = None,
 ) -> Target:
     """Begin to write a checkpoint to ``address``, whose path is absolute (blocking).
@@ -471,7 +477,7 @@ def open_target(
     if isinstance(address, FdAddress):
         return HandedTarget(address, 0, descriptors)
     if isinstance(address, ObjectAddress):
-        raise CommandError(f"{address.url}: can't be saved to yet")
+        return ObjectTarget(address, store, identity, expected)
     if address.fdset_id is not None:
         return HandedTarget(address, address.offset, descriptors)
     return PathTarget(address.filename, address.offset, identity, forbidden_device, expected)

@@ -34,7 +34,7 @@ from ckptfs.guest.guest import Guest
 from ckptfs.guest.machine import Machine
 from ckptfs.guest.opening import open_checkpoint
 from ckptfs.guest.saving import SaveRequest, save
-from ckptfs.migration.address import FileMigrationArgs, QMPSocket, SeekableAddress
+from ckptfs.migration.address import FileMigrationArgs, ObjectAddress, QMPSocket, SeekableAddress
 from ckptfs.migration.capabilities import CAPABILITIES, format_state, parse_state
 from ckptfs.migration.parameters import ParameterValue, find_parameter
 from ckptfs.namespace import ctl
@@ -386,7 +386,7 @@ def _path_of(address: SeekableAddress | None) -> str | None:
     """The path of a file that has one."""
     if isinstance(address, FileMigrationArgs) and address.fdset_id is None:
         return os.path.normpath(address.filename)
-    return None
+    return address.url if isinstance(address, ObjectAddress) else None
 
 
 def _one_line(data: bytes) -> str:

@@ -103,6 +103,7 @@ async def save(guest: Guest, request: SaveRequest) -> str:
             request.identity,
             guest.settings.descriptors,
             guest.page_cache.device,
+            guest.settings.store,
             request.expected,
         )
         target = await lane.ask(opening, undo=lambda target: target.discard(), deadline=BACKING_DEADLINE)
@@ -416,7 +417,7 @@ def _publish(guest: Guest, lane: Lane, target: Target, written: Written, stream_
     target.seal(*written.header)
     file = target.reader()
     if file is None:
-        target.publish(lane.commit)
+        target.publish(lane.commit, lane.go_on)
         return None
     try:
         base = Base(target.path, file, stream_offset, guest.settings.base_options())
@@ -424,7 +425,7 @@ def _publish(guest: Guest, lane: Lane, target: Target, written: Written, stream_
         file.close()
         raise
     try:
-        target.publish(lane.commit)
+        target.publish(lane.commit, lane.go_on)
     except BaseException:
         base.close()
         raise

@@ -56,7 +56,7 @@ class Seaweed:
             "master.electionTimeout": "1s",
             "volume.port": volume,
             "volume.port.grpc": grpc[1],
-            "volume.max": 50,
+            "volume.max": 1000,  # a bucket takes seven
             "volume.preStopSeconds": 0,
             "filer": "true",
             "filer.port": filer,

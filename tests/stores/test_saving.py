@@ -1,0 +1,178 @@
+"""Saves to objects, and all that can go wrong with one: the former object stays, and no upload is left."""
+
+import errno
+import os
+import subprocess
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.live.machines import SMALL, LiveCheckpoints, goes_on
+from tests.mount.conftest import Mount
+from tests.mount.harness import DEADLINE, Mounted
+from tests.stores.relay import Relay, Request
+from tests.stores.seaweed import Seaweed
+
+MiB = 1 << 20
+
+
+@pytest.fixture
+def saved(seaweed: Seaweed, bucket: str, mount: Mount) -> Mounted:
+    """A guest of 16 MiB that has been saved to `vm1`."""
+    mounted = mount(f"s3://{bucket}/vm1", "ram=pc.ram:16M")
+    mounted.fill(1)
+    assert seaweed.keys(bucket) == []
+    assert mounted.ctl("save").startswith(f"ok saved s3://{bucket}/vm1: 4096 pages")
+    assert seaweed.keys(bucket) == ["vm1"]
+    assert seaweed.uploads(bucket) == []
+    return mounted
+
+
+def unpack(tar: bytes, directory: Path) -> Path:
+    directory.mkdir()
+    subprocess.run(["tar", "-xSf", "-", "-C", directory], input=tar, check=True)
+    (path,) = directory.iterdir()
+    return path
+
+
+def test_what_is_saved_is_the_file_that_tar_makes_of_it(
+    seaweed: Seaweed, bucket: str, mount: Mount, saved: Mounted, tmp_path: Path
+) -> None:
+    saved.ctl(f"save {tmp_path}/file")
+    path = unpack(seaweed.get(bucket, "vm1"), tmp_path / "unpacked")
+    assert path.name == "vm1"
+    assert path.read_bytes() == (tmp_path / "file").read_bytes()
+    mounted = mount(f"s3://{bucket}/vm1")
+    data = mounted.fill(2, 2 * MiB)
+    rest = (saved.ram / "pc.ram").read_bytes()[2 * MiB :]
+    assert mounted.ctl("save").startswith("ok ")  # of a mount that came from there
+    assert (mounted.ram / "pc.ram").read_bytes() == data + rest
+    mounted.fill(3, 4096)
+    assert mounted.ctl("save").startswith("ok ")  # and knows what it wrote
+    with pytest.raises(OSError, match="somebody else has changed it") as refused:
+        saved.ctl("save")
+    assert refused.value.errno == errno.ESTALE
+    assert saved.ctl("save force").startswith("ok ")
+    assert seaweed.uploads(bucket) == []
+
+
+async def test_stock_qemu_goes_on_from_what_a_live_save_has_uploaded(
+    checkpoints: LiveCheckpoints, seaweed: Seaweed, bucket: str, relay: Relay, mount: Mount, tmp_path: Path
+) -> None:
+    live = checkpoints.live(SMALL)
+    mounted = mount(live.path)
+    async with SMALL.on(mounted.ram, live.guest, incoming=f"file:{mounted.path}/vmstate") as vm:
+        await goes_on(vm)
+        mounted.ctl(f"qmp {vm.qmp_path}")
+        last_tick = vm.ticks()[-1]
+        mounted.ctl(f"save s3://{bucket}/live")
+        await goes_on(vm)
+    path = unpack(seaweed.get(bucket, "live"), tmp_path / "unpacked")
+    async with SMALL.anonymous(live.guest) as vm:
+        await vm.load(path)
+        assert await vm.tick() >= last_tick
+    relay.requests.clear()
+    again = mount(f"s3://{bucket}/live")
+    async with SMALL.on(again.ram, live.guest, incoming=f"file:{again.path}/vmstate") as vm:
+        assert await vm.tick() >= last_tick
+        size = seaweed.client.head_object(Bucket=bucket, Key="live")["ContentLength"]
+        assert relay.count("GET") * MiB < size
+
+
+class Held:
+    """A save whose upload does not get on: its parts are held on the way to the store."""
+
+    def __init__(self, mounted: Mounted, relay: Relay, threads: ThreadPoolExecutor) -> None:
+        self.reached, self.released = threading.Event(), threading.Event()
+
+        def hold(request: Request) -> bytes | None:
+            if request.method == "PUT" and "partNumber" in request.path:
+                self.reached.set()
+                self.released.wait()
+                return b""
+            return None
+
+        relay.meddle = hold
+        self.saving: Future[str] = threads.submit(mounted.ctl, "save")
+        assert self.reached.wait(DEADLINE)
+
+
+def test_a_save_that_is_cancelled_leaves_the_former_object_and_no_upload(
+    seaweed: Seaweed, bucket: str, relay: Relay, saved: Mounted
+) -> None:
+    former = seaweed.client.head_object(Bucket=bucket, Key="vm1")["ETag"]
+    saved.fill(2)
+    with ThreadPoolExecutor() as threads:
+        held = Held(saved, relay, threads)
+        assert seaweed.uploads(bucket) == ["vm1"]
+        held_back = threads.submit(saved.ctl, "cancel")
+        with pytest.raises(OSError, match="the save was cancelled"):
+            held.saving.result(DEADLINE)
+        assert held_back.result(DEADLINE) == "ok save cancelled"
+        relay.meddle = lambda request: None
+        held.released.set()
+        while seaweed.uploads(bucket):
+            pass
+    assert seaweed.client.head_object(Bucket=bucket, Key="vm1")["ETag"] == former
+    assert saved.ctl("save").startswith("ok ")
+
+
+def test_what_a_dead_daemon_has_left_is_aborted_by_the_next_save(
+    seaweed: Seaweed, bucket: str, relay: Relay, mount: Mount, saved: Mounted
+) -> None:
+    former = seaweed.client.head_object(Bucket=bucket, Key="vm1")["ETag"]
+    with ThreadPoolExecutor() as threads:
+        held = Held(saved, relay, threads)
+        saved.kill()
+        assert isinstance(held.saving.exception(DEADLINE), OSError)
+        relay.meddle = lambda request: None
+        held.released.set()
+    assert seaweed.uploads(bucket) == ["vm1"]
+    assert seaweed.client.head_object(Bucket=bucket, Key="vm1")["ETag"] == former
+    mounted = mount(f"s3://{bucket}/vm1")
+    mounted.ctl("save")
+    assert seaweed.uploads(bucket) == []
+    assert os.listdir(Path(os.environ["TMPDIR"]) / f"ckptfs-{os.geteuid()}") == []
+
+
+def test_of_two_that_save_at_once_one_is_refused(
+    seaweed: Seaweed, bucket: str, relay: Relay, saved: Mounted
+) -> None:
+    def meddle(request: Request) -> bytes | None:
+        if request.method == "POST" and "uploadId" in request.path:
+            seaweed.put(bucket, "vm1", b"QEVM, written by somebody else")
+        return None
+
+    relay.meddle = meddle
+    with pytest.raises(OSError, match="was written by somebody else meanwhile") as refused:
+        saved.ctl("save")
+    assert refused.value.errno == errno.ESTALE
+    assert seaweed.get(bucket, "vm1") == b"QEVM, written by somebody else"
+    assert seaweed.uploads(bucket) == []
+
+
+def test_what_holds_no_checkpoint_is_not_replaced(seaweed: Seaweed, bucket: str, saved: Mounted) -> None:
+    seaweed.put(bucket, "letters", b"Dear Sir")
+    with pytest.raises(OSError, match="exists and holds no checkpoint"):
+        saved.ctl(f"save s3://{bucket}/letters")
+    with pytest.raises(OSError, match="there is no such bucket"):
+        saved.ctl("save s3://nobucket/vm1")
+    with pytest.raises(OSError, match="a web server takes no saves"):
+        saved.ctl("save https://127.0.0.1/vm1")
+
+
+def test_a_store_that_refuses_a_part_fails_the_save(
+    seaweed: Seaweed, bucket: str, relay: Relay, saved: Mounted
+) -> None:
+    def refuse(request: Request) -> bytes | None:
+        if request.method == "PUT":
+            return b"HTTP/1.1 507 Insufficient Storage\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+        return None
+
+    relay.meddle = refuse
+    with pytest.raises(OSError, match="the store is full") as failed:
+        saved.ctl("save")
+    assert failed.value.errno == errno.ENOSPC
+    assert seaweed.uploads(bucket) == []
