@@ -10,7 +10,7 @@ from ckptfs.channels.opened import Opened, open_file
 from ckptfs.channels.verifying import Finding, Verified, verify
 from ckptfs.cli.progress import Display, display_for
 from ckptfs.errors import CkptfsError
-from ckptfs.namespace.status import printable
+from ckptfs.namespace.status import counted, printable
 
 _INTERVAL = 0.2
 """Seconds between two looks at how far it has come."""
@@ -92,9 +92,9 @@ def _print(document: dict[str, Any], *, quiet: bool) -> None:
     if checksums is None:
         words = "sound as far as can be told: it has no checksums, and QEMU's rules are kept"
     else:
-        words = f"sound: {checksums['windows'] - checksums['without']} windows have their checksums"
+        words = f"sound: {counted(checksums['windows'] - checksums['without'], 'checksum')} of RAM right"
         if checksums["without"]:
-            words += f", {checksums['without']} have none"
+            words += f", {counted(checksums['without'], 'window')} without one"
     if document["left-out"]:
         words += f"; the RAM of {', '.join(document['left-out'])} is not in it"
     print(f"{path}: {words}")

@@ -37,7 +37,7 @@ def flip(path: Path, file_offset: int) -> None:
 
 
 def test_words_and_json(saved: Path, tmp_path: Path, run_ckptfs: RunCkptfs) -> None:
-    assert run_ckptfs("verify", saved).stdout == f"{saved}: sound: 4 windows have their checksums\n"
+    assert run_ckptfs("verify", saved).stdout == f"{saved}: sound: 4 checksums of RAM right\n"
     assert "verify   all windows of 64 KiB have checksums" in run_ckptfs("info", saved).stdout.splitlines()
     checksums = json.loads(run_ckptfs("info", "--json", saved).stdout)["checksums"]
     assert checksums == {"window-length": 64 << 10, "windows": 16, "known": 16}
