@@ -4,7 +4,7 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 PREFIX ?= /usr/local
 wheelhouse = $(or $(WHEELS),.cache/wheels)
 
-.PHONY: all ready demo test lint fmt bench torture wheels install uninstall deb test-deb clean
+.PHONY: all ready demo test lint fmt test-tools bench torture wheels install uninstall deb test-deb clean
 
 all: ready
 
@@ -32,6 +32,11 @@ fmt: ready
 # What many programs and commands do to a mount at once, for hours if need be: make torture MINUTES=60 SEED=1
 torture: ready
 	python -m tests.torture $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED)) $(TORTURES)
+
+# Debuggers that need the symbols of the guest's kernel: a download of 283 MB at the first time.
+test-tools: ready
+	@.ci/install tools
+	pytest tests/physical/symbols.py
 
 bench: ready
 	python -m tests.benchmarks

@@ -22,7 +22,8 @@ _NO_SYSLOG = "there is no syslog here"
 _QEMU = """\
 #!/bin/bash
 # The reader has a guest on his disk; this one has a kernel instead.
-exec {qemu} -accel tcg -kernel {guest.kernel} -initrd {guest.initrd} -append "console=ttyS0 quiet panic=-1" "$@"
+exec {qemu} -accel tcg -kernel {guest.kernel} -initrd {guest.initrd} \
+    -append "console=ttyS0 quiet panic=-1 vmcoreinfo=1" "$@"
 """
 
 _PATIENCE = """\

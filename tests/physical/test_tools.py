@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import ckptfs
@@ -40,3 +41,19 @@ def test_makedumpfile(saved: SavedGuests, mount: Mount, tmp_path: Path) -> None:
     subprocess.run(["makedumpfile", "-d", "31", "-c", core, tmp_path / "small"], capture_output=True, check=True)
     assert (tmp_path / "small").read_bytes().startswith(b"KDUMP   ")
     assert 1 << 20 < (tmp_path / "small").stat().st_size < core.stat().st_size // 2
+
+
+def test_leechcore(saved: SavedGuests, mount: Mount) -> None:
+    mounted = mount(saved.told().path)
+    with ckptfs.open(saved.told().path) as checkpoint:
+        expected = [(region.start, region.length) for region in checkpoint.physical.regions]
+        banner = checkpoint.physical.read(1 << 20, 4096)
+    program = (
+        "import leechcorepyc, sys\n"
+        "core = leechcorepyc.LeechCore('file://' + sys.argv[1])\n"
+        "print([(part['base'], part['size']) for part in core.memmap], core.read(1 << 20, 4096).hex())\n"
+        "core.close()\n"
+    )
+    command = [sys.executable, "-c", program, mounted.path / "views" / "vmcore"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == f"{expected} {banner.hex()}"

@@ -1,0 +1,66 @@
+"""Debuggers that need the kernel's symbols, on views/ of a Linux with KASLR: run by `make test-tools`."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.examples.conftest import EXAMPLES, ROOT, Run, run
+from tests.mount.conftest import Mount
+from tests.mount.harness import BIN
+from tests.physical.conftest import SavedGuests
+from tests.qemu.guest import CACHE
+
+__all__ = ["run"]
+
+SYMBOLS = CACHE / "vmlinux"
+
+
+def output(*command: str | Path, said: str = "") -> str:
+    done = subprocess.run(command, input=said, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done
+    return done.stdout
+
+
+def test_drgn_lists_tasks_and_reads_few_pages(saved: SavedGuests, mount: Mount) -> None:
+    mounted = mount(saved.told().path)
+    printed = output(sys.executable, EXAMPLES / "tasks.py", mounted.path / "views" / "vmcore", SYMBOLS)
+    assert re.search(r"^1 +init", printed, re.MULTILINE)
+    assert re.search(r"^2 +kthreadd", printed, re.MULTILINE)
+    assert "#0 " in printed
+    status = mounted.status()
+    assert status["read-pages"] < status["page-count"] // 100
+    without_a_mount = output(sys.executable, EXAMPLES / "tasks.py", saved.told().path, SYMBOLS)
+    assert re.findall(r"^\d+ .*", without_a_mount, re.MULTILINE) == re.findall(r"^\d+ .*", printed, re.MULTILINE)
+
+
+def test_crash_reads_the_log(saved: SavedGuests, mount: Mount) -> None:
+    mounted = mount(saved.told().path)
+    command = ("crash", "--minimal", "-s", SYMBOLS, mounted.path / "views" / "vmcore")
+    assert "Linux version" in output(*command, said="log\nquit\n")
+
+
+def test_gdb_sees_memory_at_the_kernels_addresses(saved: SavedGuests, mount: Mount) -> None:
+    views = mount(saved.told().path).path / "views"
+    offset = re.search(r"^KERNELOFFSET=(\w+)$", (views / "map").read_text(), re.MULTILINE)
+    assert offset is not None
+    commands = [f"symbol-file {SYMBOLS} -o 0x{offset[1]}", f"core-file {views}/kcore", "print init_task.comm", "bt"]
+    arguments = [argument for command in commands for argument in ("-ex", command)]
+    printed = output("gdb", "-q", "-batch", *arguments)
+    assert '= "swapper/0' in printed
+    assert re.search(r"^#1 ", printed, re.MULTILINE)
+
+
+def test_the_howto_with_symbols(run: Run, tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "howto" / "memory.md").read_text()
+    script = "".join(re.findall(r"^```(?:ba)?sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
+    (tmp_path / "work" / "vmlinux").symlink_to(SYMBOLS)
+    (tmp_path / "work" / "tasks.py").symlink_to(EXAMPLES / "tasks.py")
+    printed = run("exec 2>errors\n" + script)
+    assert printed.count('"swapper/0') == 1
+    assert len(re.findall(r"^1 +init", printed, re.MULTILINE)) == 2
+
+
+def test_volatility_finds_the_kernel(saved: SavedGuests, mount: Mount) -> None:
+    core = mount(saved.told().path).path / "views" / "vmcore"
+    assert "Linux version" in output(BIN / "vol", "-q", "-f", core, "banners.Banners")
