@@ -16,11 +16,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ckptfs.channels.backing_file import DirectIO, OpenedFile, pread_exactly
+from ckptfs.channels.stores import credentials
+from ckptfs.channels.stores.cache import Cache, Entry, read_head
 from ckptfs.channels.stores.client import Object, ObjectGoneError
 from ckptfs.channels.stores.kept import CHUNK, Kept, Piece, Unnamed
 from ckptfs.channels.version import ObjectVersion, Version
 from ckptfs.errors import StorageError
-from ckptfs.foreign.sparse_tar import SparseMap, is_tar, read_sparse_head
+from ckptfs.foreign.sparse_tar import BLOCK, SparseMap, is_tar, read_sparse_head
 from ckptfs.mapped_ram.stream import Source
 from ckptfs.migration.address import ObjectAddress
 from ckptfs.migration.store import StoreOptions
@@ -208,6 +210,7 @@ class ObjectFile:
         stop, count = 0, min(-(-self.length // CHUNK), _CHUNKS_OF_A_HEAD)
         while stop < count and self._stored_offset(stop + 1) <= len(head):
             stop += 1
+        stop = next((chunk for chunk in range(stop) if self._kept.has(chunk)), stop)
         self.keep(0, stop, head[self._layout.data_offset : self._stored_offset(stop)], {})
 
     def _stored_offset(self, chunk: int) -> int:
@@ -237,11 +240,11 @@ class _Source:
 class _Head:
     """The beginning of an object as a source: what was read first, and more of it if that is not enough."""
 
-    def __init__(self, object_: Object, version: ObjectVersion) -> None:
+    def __init__(self, object_: Object, version: ObjectVersion, known: bytes | None) -> None:
         self._object = object_
         self._version = version
         self.length = version.length
-        self.data = bytes(object_.get(version, 0, min(CHUNK, self.length))) if self.length else b""
+        self.data = known or (bytes(object_.get(version, 0, min(CHUNK, self.length))) if self.length else b"")
 
     def pread(self, file_offset: int, length: int) -> bytes:
         stop = min(file_offset + length, self.length)
@@ -265,8 +268,14 @@ def open_object(address: ObjectAddress, options: StoreOptions) -> ObjectFile:
     version = object_.find()
     if not isinstance(version, ObjectVersion):
         raise StorageError(f"{address.url}: there is no such object", errno.ENOENT)
-    head = _Head(object_, version)
+    cache = None if options.cache is None else Cache(options.cache, options.cache_size)
+    place = "" if cache is None else cache.place(credentials.endpoint(options.endpoint) or "", address.url, version)
+    head = _Head(object_, version, read_head(place) if cache else None)
     layout = read_sparse_head(head) if is_tar(head.data) else SparseMap.dense(version.length)
-    file = ObjectFile(object_, version, layout, Unnamed(layout.length))
+    if cache is None:
+        kept: Kept = Unnamed(layout.length)
+    else:
+        kept = Entry(cache, place, head.data[: max(layout.data_offset, BLOCK)], layout)
+    file = ObjectFile(object_, version, layout, kept)
     file.seed(memoryview(head.data))
     return file
