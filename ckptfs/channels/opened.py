@@ -10,6 +10,7 @@
 
 import errno
 import os
+import re
 import stat
 from dataclasses import dataclass
 from types import TracebackType
@@ -19,12 +20,17 @@ import numpy as np
 import numpy.typing as npt
 
 from ckptfs.channels.backing_file import FileSource, pread_exactly
+from ckptfs.channels.stores.object_file import open_object
 from ckptfs.errors import CheckpointError, StorageError
 from ckptfs.foreign.content import Content, read_content
 from ckptfs.mapped_ram.bitmap import PagesBitmap, Run
 from ckptfs.mapped_ram.checkpoint import Checkpoint
 from ckptfs.mapped_ram.ramblock import RAMBlock
 from ckptfs.mapped_ram.trailer import Trailer
+from ckptfs.migration.address import ObjectAddress
+from ckptfs.migration.store import StoreOptions
+
+_OBJECT = re.compile("(s3|gs|az|https?)://")
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,8 @@ class Opened:
     length: int
     """In bytes."""
     content: Content
+    of_store: bool = False
+    """Whether it is a copy of an object."""
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -84,6 +92,8 @@ class Opened:
         None if they have not: nobody else can write the file, and the machine ran as one of the two; a process can
         make its own command line be anything. Judged by the open file: it does not matter who can rename it.
         """
+        if self.of_store:
+            return f"{self.path}: comes from a store, and others may have written it"
         status = os.fstat(self.fd)
         if status.st_uid not in (0, os.geteuid()):
             return f"{self.path}: belongs to user {status.st_uid}, who could have put any command into it"
@@ -107,12 +117,16 @@ class Opened:
         self.close()
 
 
-def open_file(path: str, stream_offset: int = 0) -> Opened:
+def open_file(path: str, stream_offset: int = 0, *, whole: bool = True) -> Opened:
     """Open the checkpoint whose stream begins at ``stream_offset`` of the file at ``path``, and read it (blocking).
+
+    ``path`` may be the URL of an object. All of that is fetched, unless ``whole`` is False: then the pages are not.
 
     Raises CheckpointError, naming file and byte, if it is not whole and sound, or of another kind; StorageError for
     what is no file; OSError.
     """
+    if _OBJECT.match(path):
+        return _open_object(path, whole)
     fd = open_regular(path)
     try:
         source = FileSource(fd)
@@ -122,6 +136,22 @@ def open_file(path: str, stream_offset: int = 0) -> Opened:
         raise error.of_file(path) from None
     except BaseException:
         os.close(fd)
+        raise
+
+
+def _open_object(url: str, whole: bool) -> Opened:
+    """The store is the one that the environment tells of."""
+    file = open_object(ObjectAddress(url), StoreOptions())
+    try:
+        content = read_content(file.source())
+        if whole:
+            file.bring_all()
+        return Opened(url, file.fd, os.fstat(file.fd).st_mode, file.length, content, of_store=True)
+    except CheckpointError as error:
+        file.close()
+        raise error.of_file(url) from None
+    except BaseException:
+        file.close()
         raise
 
 

@@ -87,7 +87,7 @@ def describe_file(path: str, stream_offset: int) -> Document:
     Raises CheckpointError, naming file and byte, if it is not whole and sound; StorageError or OSError if it
     can't be read.
     """
-    with open_file(path, stream_offset) as opened:
+    with open_file(path, stream_offset, whole=False) as opened:
         stored = os.fstat(opened.fd).st_blocks * 512
     checkpoint, content = opened.checkpoint, opened.content
     blocks = [_describe_block(block, content.file_bmaps.get(block.idstr)) for block in checkpoint.blocks]
@@ -102,7 +102,7 @@ def describe_file(path: str, stream_offset: int) -> Document:
         "offset": checkpoint.stream_offset,
         "end": checkpoint.end_offset,
         "length": opened.length,
-        "stored": stored if stat.S_ISREG(opened.mode) else None,
+        "stored": stored if stat.S_ISREG(opened.mode) and not opened.of_store else None,
         "page-size": checkpoint.page_size,
         "blocks": blocks,
         "devices": None if checkpoint.opaque else [_describe_section(section) for section in _sections(checkpoint)],

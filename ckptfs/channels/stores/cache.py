@@ -7,8 +7,8 @@
     DIR/HASH/chunks    the CRC-32 of what is stored of each chunk; 0: it is not here
 
 HASH stands for one version of one object, so nothing here grows old. A chunk counts if its checksum is right when
-it is first looked at: after a power cut, only some of it may be there. Who uses an entry has its data locked (flock,
-shared). Whole entries make room for new chunks: first what was opened longest ago, and never what is in use.
+it is first looked at: after a power cut, only some of it may be there. Who uses an entry has its data locked
+(flock, shared). Whole entries make room for new chunks: first what was opened longest ago, never what is in use.
 """
 
 import contextlib
