@@ -7,6 +7,7 @@ No I/O happens here: `kernel_ranges` is a generator that yields the addresses of
 contents, and returns the ranges.
 """
 
+import contextlib
 from collections.abc import Generator
 
 import numpy as np
@@ -22,6 +23,10 @@ MAX_TABLES = 1 << 14
 """A kernel has some hundred: a table for each GiB that it maps in pieces of 2 MiB, and some below."""
 
 LA57 = 1 << 12
+_USER_TABLES = 1 << 12
+"""With page table isolation a program's tables lack the kernel; its own are the page before them (Linux,
+PTI_USER_PGTABLE_BIT in arch/x86/include/asm/pgtable.h)."""
+
 _PRESENT = 1
 _LARGE = 1 << 7
 _ALL_BITS = (1 << 64) - 1
@@ -38,8 +43,14 @@ def kernel_ranges(registers: Registers, memory: MemoryMap) -> TableWalk:
     """
     levels = 5 if registers.cr[4] & LA57 else 4
     signs = _ALL_BITS & -(1 << 12 + 9 * levels)  # the bits above those that the tables translate
+    root = registers.cr[3] & _ADDRESS
     walk = _Walk(memory)
-    yield from walk.table(registers.cr[3] & _ADDRESS, levels, signs, first=256)
+    yield from walk.table(root, levels, signs, first=256)
+    if registers.is_user and root & _USER_TABLES:
+        kernel = _Walk(memory)
+        with contextlib.suppress(CheckpointError):  # without isolation, what lies there may be anything
+            yield from kernel.table(root & ~_USER_TABLES, levels, signs, first=256)
+            return max(walk.ranges(), kernel.ranges(), key=lambda ranges: sum(one.length for one in ranges))
     return walk.ranges()
 
 

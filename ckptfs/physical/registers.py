@@ -64,6 +64,11 @@ class Registers:
         """Whether the vCPU is in long mode: before, there is no kernel that any tool here knows."""
         return bool(self.efer & LMA)
 
+    @property
+    def is_user(self) -> bool:
+        """Whether the vCPU runs a program, and not the kernel (the privilege level in cs)."""
+        return self.segments["cs"].selector & 3 == 3
+
     def named(self) -> dict[str, int]:
         """All as a person asks for them."""
         values = {**self.general, "rip": self.rip, "rflags": self.rflags}

@@ -44,7 +44,7 @@ def test_gdb_sees_memory_at_the_kernels_addresses(saved: SavedGuests, mount: Mou
     views = mount(saved.told().path).path / "views"
     offset = re.search(r"^KERNELOFFSET=(\w+)$", (views / "map").read_text(), re.MULTILINE)
     assert offset is not None
-    commands = [f"symbol-file {SYMBOLS} -o 0x{offset[1]}", f"core-file {views}/kcore", "print init_task.comm", "bt"]
+    commands = [f"symbol-file {SYMBOLS} -o 0x{offset[1]}", f"core-file {views}/kcore", "bt", "print init_task.comm"]
     arguments = [argument for command in commands for argument in ("-ex", command)]
     printed = output("gdb", "-q", "-batch", *arguments)
     assert '= "swapper/0' in printed

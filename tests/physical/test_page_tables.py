@@ -8,7 +8,7 @@ from ckptfs.errors import CheckpointError
 from ckptfs.physical.elf_core import LoadedRange
 from ckptfs.physical.memory_map import MemoryMap, Region
 from ckptfs.physical.page_tables import LA57, TABLE_LENGTH, kernel_ranges
-from ckptfs.physical.registers import Registers
+from ckptfs.physical.registers import Registers, Segment
 
 PRESENT, LARGE = 1, 1 << 7
 MiB = 1 << 20
@@ -17,10 +17,10 @@ TOP = 0xFFFF800000000000
 
 
 def walked(
-    tables: dict[int, dict[int, int]], cr4: int = 0, memory: MemoryMap = MEMORY
+    tables: dict[int, dict[int, int]], cr4: int = 0, memory: MemoryMap = MEMORY, cr3: int = 0x1000, cs: int = 0x10
 ) -> tuple[list[LoadedRange], int]:
     """The ranges of a guest with these tables (address: index: entry) and CR3 0x1000; how many were read."""
-    registers = Registers({}, 0, 0, {}, (0, 0, 0, 0x1000, cr4), 0, 0)
+    registers = Registers({}, 0, 0, {"cs": Segment(cs, 0, 0, 0)}, (0, 0, 0, cr3, cr4), 0, 0)
     walk = kernel_ranges(registers, memory)
     count = 0
     try:
@@ -61,6 +61,24 @@ def test_five_levels() -> None:
         0x4000: {0: 0x200000 | PRESENT | LARGE},
     }
     assert walked(tables, LA57)[0] == [LoadedRange(0xFFFFFFFFC0000000, 0x200000, 0x200000)]
+
+
+def test_a_program_that_is_isolated_from_the_kernel() -> None:
+    """Its tables have the way into the kernel, and no more: the kernel's are the page before."""
+    tables = {
+        0x9000: {511: 0x3000 | PRESENT},
+        0x8000: {511: 0x2000 | PRESENT},
+        0x3000: {511: 0x4000 | PRESENT},
+        0x4000: {0: 0x200000 | PRESENT | LARGE},
+        0x2000: {510: 0x0 | PRESENT | LARGE},
+    }
+    entry = LoadedRange(0xFFFFFFFFC0000000, 0x200000, 0x200000)
+    kernel = LoadedRange(0xFFFFFFFF80000000, 0, 64 * MiB)
+    assert walked(tables, cr3=0x9000, cs=0x33)[0] == [kernel]
+    assert walked(tables, cr3=0x9000, cs=0x10)[0] == [entry]  # a kernel may have any page
+    assert walked(tables, cr3=0x8000, cs=0x33)[0] == [kernel]
+    forged = {**tables, 0x8000: dict.fromkeys(range(512), 0x8000 | PRESENT)}
+    assert walked(forged, cr3=0x9000, cs=0x33)[0] == [entry]
 
 
 def test_a_table_that_is_its_own_entry_has_an_end() -> None:
