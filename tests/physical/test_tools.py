@@ -57,3 +57,25 @@ def test_leechcore(saved: SavedGuests, mount: Mount) -> None:
     command = [sys.executable, "-c", program, mounted.path / "views" / "vmcore"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert printed.strip() == f"{expected} {banner.hex()}"
+
+
+def test_a_note_that_the_guest_has_forged(saved: SavedGuests, mount: Mount, tmp_path: Path) -> None:
+    """What it claims of its length is bounded, and told; the memory around it is still shown."""
+    told = saved.told().path
+    with ckptfs.open(told) as checkpoint:
+        place = int(checkpoint.device("vmcoreinfo").number("vmcoreinfo.paddr"))
+        ((idstr, offset),) = [
+            (region.idstr, region.block_offset + place - region.start)
+            for region in checkpoint.physical.regions
+            if region.start <= place < region.stop
+        ]
+    mounted = mount(told)
+    with (mounted.ram / idstr).open("r+b") as ram:
+        ram.seek(offset + 4)
+        ram.write(b"\xff\xff\xff\x7f")  # n_descsz
+    mounted.ctl(f"save {tmp_path}/forged")
+    views = mounted.path / "views"
+    assert sorted(path.name for path in views.iterdir()) == ["kcore", "map", "phys", "vmcore"]
+    assert "vmcoreinfo: what lies where the guest said is no VMCOREINFO note" in mounted.status()["views-missing"]
+    assert "KERNELOFFSET" not in (views / "map").read_text()
+    assert [note.name for note in read_elf(views / "vmcore").notes] == [b"CORE", b"CORE", b"QEMU", b"QEMU"]
