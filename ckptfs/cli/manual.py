@@ -71,6 +71,12 @@ def mount_page() -> Page:
         " refused.",
     )
     page.item(
+        "`s3://`BUCKET/KEY, `gs://`BUCKET/KEY, `az://`CONTAINER/KEY, `https://`HOST/PATH",
+        "A checkpoint in an object store, or on a web server, which can only be read. The mount keeps to the"
+        " version that it finds. Keys come from the environment (AWS_ACCESS_KEY_ID ...) and from AWS profiles."
+        " Needs the Python packages of `ckptfs[remote]`.",
+    )
+    page.item(
         "`none`",
         "No storage. `save` needs a target, and `migrate_incoming` fills the mount, as with QEMU's `-incoming"
         " defer`.",
