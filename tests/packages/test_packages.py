@@ -162,3 +162,25 @@ def test_mount_and_fstab_after_an_install(wheels: Path, mount_point: Path, tmp_p
     result = in_a_mount_namespace(script, PATIENCE, cwd=ROOT)
     assert result.stdout.endswith("all of it\n"), result.stdout + result.stderr
     assert not Path("/sbin/mount.ckptfs").is_relative_to(prefix)
+
+
+# --- Debian's ----------------------------------------------------------------------------------------------
+
+
+def test_the_debian_package(wheels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DPKG_DEB_COMPRESSOR_TYPE", "none")  # it is looked at, and no more
+    run([ROOT / "mount-helpers" / "deb", wheels, tmp_path])
+    (package,) = tmp_path.glob("*.deb")
+    assert package.name.startswith(f"ckptfs_{ckptfs.__version__}-1~")
+    depends = run(["dpkg-deb", "--field", package, "Depends"])
+    assert "libfuse3-" in depends
+    assert "fuse3, " in depends
+    assert "python3 (>= 3." in depends
+    run(["dpkg-deb", "--raw-extract", package, tmp_path / "tree"])
+    run(["sh", "-ec", f"cd {shlex.quote(str(tmp_path / 'tree'))}; md5sum --quiet --check DEBIAN/md5sums"])
+    installed = tmp_path / "tree" / "usr"
+    assert {path.name for path in (tmp_path / "tree").iterdir()} == {"DEBIAN", "usr"}  # /sbin is a link
+    assert os.readlink(installed / "sbin" / "mount.ckptfs") == "/usr/bin/mount.ckptfs"
+    assert (installed / "bin" / "ckptfs").read_text().startswith("#!/usr/bin/python3 -I\n")
+    assert "usr/lib/ckptfs/pyfuse3" in (installed / "share/doc/ckptfs/copyright").read_text()
+    assert str(tmp_path) not in (installed / "bin" / "ckptfs").read_text()
