@@ -70,5 +70,4 @@ tr -d -c '\0' <first/pages/pc.ram | wc -c # one byte a page, 0 for zeros
 wc -c <first/pages/pc.ram
 
 echo "pages that differ between the two:"
-(cmp --verbose first/ram/pc.ram second/ram/pc.ram || true) |
-    awk '{ pages[int(($1 - 1) / 4096)] } END { print length(pages) }'
+(ckptfs diff first second || true) | sed -n 's/^pc.ram: \([0-9]*\) of .*/\1/p'
