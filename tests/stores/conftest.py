@@ -1,5 +1,6 @@
 """One SeaweedFS for all of these tests, and mounts of objects in it."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -20,6 +21,7 @@ def seaweed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Seaweed]:
     server = Seaweed(tmp_path_factory.mktemp("seaweed"))
     yield server
     server.end()
+    shutil.rmtree(server.directory)  # hundreds of MiB that pytest would keep
 
 
 @pytest.fixture
