@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -88,7 +89,7 @@ def _physical(a: Memory, b: Memory) -> tuple[PhysicalMemory | None, str | None]:
         try:
             return memory.physical, None
         except (CkptfsError, OSError) as error:
-            problem = problem or str(error).partition(": -o map=")[0]
+            problem = problem or re.sub(r":[^:]*-o map=.*", "", str(error))  # no option of ours
     return None, problem
 
 
