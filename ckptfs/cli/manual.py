@@ -213,7 +213,7 @@ def tree_page() -> Page:
     page.text(
         "Each line is an event in QMP's form: `timestamp`, `event` and `data`. A read never waits; it returns"
         " what has happened since the last one. To follow a mount from a shell:",
-        "    tail -f DIR/events",
+        "    tail -n +1 -f DIR/events",
     )
     for event in EVENTS:
         page.item(f"`{event.name}` (data: `{event.member}`)", event.meaning)

@@ -2,7 +2,7 @@
 
 Nothing here blocks the daemon, whatever a reader does: a line is kept until every open handle has read it, and a
 read returns what there is. A read never waits either, as a process inside a FUSE read can't be killed; poll(2)
-is what waits. `tail -f` asks for the length instead: it is that of all lines so far.
+is what waits. `tail -n +1 -f` asks for the length instead: it is that of all lines so far.
 """
 
 import json

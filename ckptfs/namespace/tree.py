@@ -111,8 +111,8 @@ FILES = (
     (
         "events",
         "r",
-        "What happens from the moment when the file is opened, one line per event. Follow it with `tail -f` or"
-        " poll(2).",
+        "What happens from the moment when the file is opened, one line per event. Follow it with"
+        " `tail -n +1 -f` or poll(2).",
     ),
     ("vmstate", "r", "The stream for QEMU's `-incoming file:`, if the checkpoint is of a machine."),
     (

@@ -4,6 +4,7 @@ import json
 import os
 import select
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -191,11 +192,20 @@ def test_tail_follows_them(mounted: Mounted, reader: Callable[[], Reader]) -> No
     mounted.ctl("save")  # so that the file has a length already
     with (
         (mounted.path / "events").open("rb") as file,
-        subprocess.Popen(["tail", "-f"], stdin=file, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as tail,
+        subprocess.Popen(
+            # without +1 it looks for the last lines first, reads what has come by then, and forgets it
+            ["tail", "-n", "+1", "-f"],
+            stdin=file,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        ) as tail,
     ):
+        watchdog = threading.Timer(DEADLINE, tail.kill)
+        watchdog.start()
         mounted.ctl("save")
         assert tail.stdout is not None
         events = [json.loads(tail.stdout.readline()) for _ in A_SAVE]
+        watchdog.cancel()
         tail.kill()
         _, stderr = tail.communicate()
     assert [event["data"].get("status", "pass 1") for event in events] == A_SAVE
