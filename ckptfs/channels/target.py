@@ -28,6 +28,7 @@ from ckptfs.channels.identity import Identity
 from ckptfs.channels.stores.upload import ObjectTarget
 from ckptfs.channels.version import NOTHING, FileVersion, Version
 from ckptfs.errors import CheckpointError, CommandError, StateError, StorageError
+from ckptfs.foreign.libvirt import MAGIC as SAVE_IMAGE_MAGIC
 from ckptfs.foreign.libvirt import SaveImage, read_save_image
 from ckptfs.mapped_ram.stream import MAGIC
 from ckptfs.migration.address import FdAddress, ObjectAddress, SeekableAddress
@@ -184,23 +185,37 @@ class PathTarget:
             if former is not None:
                 os.close(former)
             self._remove_leftovers()
-            self._temporary = f"{_temporary_prefix(self._name)}{secrets.token_hex(6)}{_SUFFIX}"
-            with identity.assumed():
-                fd = os.open(
-                    self._temporary,
-                    os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC,
-                    0o600,
-                    dir_fd=self._directory,
-                )
+            self._temporary, fd = self._make_temporary()
         except BaseException:
             os.close(self._directory)
             raise
         self.file = OpenedFile(fd, os.O_WRONLY)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # tells it from a left-over of a dead daemon
-        except BaseException:
-            self.discard()
-            raise
+
+    def _make_temporary(self) -> tuple[str, int]:
+        """Make a file, and lock it, which tells it from a left-over of a dead daemon.
+
+        Before it is locked, another save may remove it as one: then make another.
+        """
+        while True:
+            name = f"{_temporary_prefix(self._name)}{secrets.token_hex(6)}{_SUFFIX}"
+            with self._identity.assumed():
+                fd = os.open(
+                    name,
+                    os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC,
+                    0o600,
+                    dir_fd=self._directory,
+                )
+            try:
+                with contextlib.suppress(BlockingIOError):  # it is being removed
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    if self._has_the_name(fd, name):
+                        return name, fd
+            except BaseException:
+                with contextlib.suppress(OSError), self._identity.assumed():
+                    os.unlink(name, dir_fd=self._directory)
+                os.close(fd)
+                raise
+            os.close(fd)
 
     def seal(self, file_offset: int, header: bytes) -> None:
         """Write the header; the rename decides."""
@@ -294,15 +309,15 @@ class PathTarget:
                 raise StateError(f"{self.path}: somebody else has locked it (flock), or is replacing it") from None
             except OSError:
                 pass  # a file system without locks
-            if not self._has_the_name(former):
+            if not self._has_the_name(former, self._name):
                 raise StateError(f"{self.path}: was replaced by somebody else just now: {_WAYS_OUT}", errno.ESTALE)
             yield True
         finally:
             os.close(former)
 
-    def _has_the_name(self, fd: int) -> bool:
+    def _has_the_name(self, fd: int, name: str) -> bool:
         try:
-            named = os.stat(self._name, dir_fd=self._directory, follow_symlinks=False)
+            named = os.stat(name, dir_fd=self._directory, follow_symlinks=False)
         except FileNotFoundError:
             return False
         return os.path.samestat(named, os.fstat(fd))
@@ -356,11 +371,13 @@ class PathTarget:
     def _check_content(self, fd: int) -> None:
         if os.fstat(fd).st_size <= self._stream_offset:
             return
-        try:
-            self.save_image = read_save_image(FileSource(fd), self._stream_offset)
-        except CheckpointError as error:
-            raise error.of_file(self.path) from None
-        if self.save_image is None and pread(fd, 4, self._stream_offset) != MAGIC.to_bytes(4):
+        head = pread(fd, len(SAVE_IMAGE_MAGIC), self._stream_offset)
+        if head == SAVE_IMAGE_MAGIC:
+            try:
+                self.save_image = read_save_image(FileSource(fd), self._stream_offset)
+            except CheckpointError as error:
+                raise error.of_file(self.path) from None
+        elif not head.startswith(MAGIC.to_bytes(4)):
             where = f" at byte {self._stream_offset:#x}" if self._stream_offset else ""
             raise CommandError(
                 f"{self.path}: exists and holds no checkpoint{where}; remove it or save to another name",

@@ -201,6 +201,28 @@ def test_leftovers_of_a_dead_daemon_are_removed(directory: Path) -> None:
     assert names(directory) == []
 
 
+def test_a_temporary_that_another_save_takes_for_a_leftover(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flock, removed = fcntl.flock, list[str]()
+
+    def too_late(fd: int, operation: int) -> None:
+        if len(removed) < 2:
+            removed.extend(names(directory))
+            os.unlink(directory / removed[-1])
+        if len(removed) == 1:  # the other one still has its lock
+            raise BlockingIOError
+        flock(fd, operation)
+
+    monkeypatch.setattr(fcntl, "flock", too_late)
+    target = target_for(directory / "vm1")
+    assert len(removed) == 2
+    monkeypatch.undo()
+    target.seal(0, NEWER)
+    target.publish()
+    assert names(directory) == ["vm1"]
+
+
 def test_a_running_save_is_no_leftover(directory: Path) -> None:
     first = target_for(directory / "vm1")
     os.pwrite(first.file.fd, FORMER, 0)

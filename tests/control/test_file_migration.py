@@ -301,7 +301,7 @@ def test_arguments_that_qemu_refuses(
         ("vsock:1:2", errno.EINVAL, "transport 'socket' is not supported"),
         ("rdma:host:1", errno.EINVAL, "transport 'rdma' is not supported"),
         ("'exec:cat > file'", errno.EINVAL, "transport 'exec' is not supported"),
-        ("http://host/file", errno.EINVAL, "unknown migration protocol: http://host/file"),
+        ("http://host/file", errno.EROFS, "http://host/file: a web server takes no saves"),
         ("FILE:/x", errno.EINVAL, "unknown migration protocol: FILE:/x"),
         ("file:/nowhere/at/all", errno.ENOENT, "/nowhere/at/all: No such file or directory"),
         ("file:/proc/cmdline", errno.EEXIST, "/proc/cmdline: exists and holds no checkpoint"),
