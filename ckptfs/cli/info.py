@@ -18,7 +18,8 @@ from typing import Any
 from ckptfs.api.status import is_dead_mount, read_status
 from ckptfs.channels.opened import open_file
 from ckptfs.cli.progress import describe_progress
-from ckptfs.cli.state import run as run_state
+from ckptfs.cli.state import describe as describe_state
+from ckptfs.cli.state import format_state
 from ckptfs.errors import CkptfsError, CommandError, StateError
 from ckptfs.foreign.content import Content
 from ckptfs.foreign.libvirt import Domain
@@ -41,12 +42,13 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.paths, arguments.devices = [arguments.devices], ""
     if not arguments.paths:
         raise CommandError("info: which FILE_OR_DIR?")
-    if arguments.registers or arguments.devices is not None:
-        return run_state(arguments)
+    of_state = arguments.registers or arguments.devices is not None
     documents, failed = [], False
     for path in arguments.paths:
         try:
-            if arguments.xml:
+            if of_state:
+                documents.append(describe_state(path, arguments))
+            elif arguments.xml:
                 print(_xml(path, arguments.offset).rstrip("\n"))
             else:
                 documents.append(describe(path, arguments.offset))
@@ -56,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json and documents:
         print(json.dumps(documents[0] if len(arguments.paths) == 1 else documents, indent=2))
     elif documents:
-        print("\n\n".join(map(format_document, documents)))
+        print("\n\n".join(map(format_state if of_state else format_document, documents)))
     return int(failed)
 
 

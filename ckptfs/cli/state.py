@@ -1,9 +1,7 @@
 """ckptfs info --registers and --devices: the state of a machine's vCPUs and devices, by name."""
 
 import argparse
-import json
 import os
-import sys
 from typing import Any
 
 from ckptfs.api.checkpoint import OpenCheckpoint, open_checkpoint
@@ -18,22 +16,6 @@ _SHOWN_BYTES = 32
 _COLUMNS = 4
 ALL_DEVICES = ""
 """What --devices is without a name."""
-
-
-def run(arguments: argparse.Namespace) -> int:
-    """Print what is asked for of each file; 1 if one of them does not have it."""
-    documents, failed = [], False
-    for path in arguments.paths:
-        try:
-            documents.append(describe(path, arguments))
-        except (CkptfsError, OSError) as error:
-            print(error if isinstance(error, CkptfsError) else f"{path}: {error.strerror}", file=sys.stderr)
-            failed = True
-    if arguments.json and documents:
-        print(json.dumps(documents[0] if len(arguments.paths) == 1 else documents, indent=2))
-    elif documents:
-        print("\n\n".join(map(format_state, documents)))
-    return int(failed)
 
 
 def describe(path: str, arguments: argparse.Namespace) -> Document:
