@@ -233,9 +233,8 @@ COMMANDS = (
         "compare the memory of two checkpoints or mounts",
         "Show which pages differ between A and B, in runs, by RAM block and by guest-physical address. Each is a "
         "checkpoint (PATH, or file:PATH,offset=SIZE), a plain stream, or where one is mounted, with or without a "
-        "guest. Pages that neither has data for are not read. A mount is compared as it was when the command began: "
-        "to see what a running guest writes, save it and compare the checkpoint. Exit code: 0 equal, 1 different, "
-        "2 trouble, as of diff(1).",
+        "guest. Pages that had data in neither when the command began are not read: to see what a running guest "
+        "writes, save it and compare the checkpoint. Exit code: 0 equal, 1 different, 2 trouble, as of diff(1).",
         (
             argument("a", metavar="A", help="a checkpoint, or where one is mounted"),
             argument("b", metavar="B", help="what it is compared with"),
