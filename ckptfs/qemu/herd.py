@@ -22,7 +22,7 @@ _PR_SET_PDEATHSIG = 1
 _LOADING = frozenset({"inmigrate", "prelaunch"})
 _LOOK_AGAIN = 0.02
 _LAST_CHANCE = 10.0
-"""Seconds between SIGTERM and SIGKILL."""
+"""Seconds that a QEMU has to end by itself."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -82,9 +82,14 @@ async def wait_until_running(member: Member) -> None:
         # no event tells of either: the socket is made before we can be its client, and RESUME may be past by then
         while not await trio.Path(member.clone.qmp_path).exists():  # noqa: ASYNC110
             await trio.sleep(_LOOK_AGAIN)
-        async with connected(member.clone.qmp_path, Identity.of_daemon()) as monitor:
-            while (await monitor.execute("query-status"))["status"] in _LOADING:  # noqa: ASYNC110
-                await trio.sleep(_LOOK_AGAIN)
+        try:
+            async with connected(member.clone.qmp_path, Identity.of_daemon()) as monitor:
+                while (await monitor.execute("query-status"))["status"] in _LOADING:  # noqa: ASYNC110
+                    await trio.sleep(_LOOK_AGAIN)
+        except QemuError:  # an end that breaks the connection is told better by QEMU's last words
+            with trio.move_on_after(_LAST_CHANCE):
+                await trio.sleep_forever()
+            raise
         nursery.cancel_scope.cancel()
 
 

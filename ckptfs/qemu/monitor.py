@@ -18,6 +18,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import outcome
 import trio
 from qemu.qmp import ConnectError, EventListener, ExecuteError, Message, QMPClient, QMPError
 
@@ -248,9 +249,9 @@ async def _run_in(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any
     """Run a coroutine in the library's loop and wait for it here; if this is cancelled, so is that."""
     trio_token = trio.lowlevel.current_trio_token()
     done = trio.Event()
-    future = asyncio.run_coroutine_threadsafe(coroutine, loop)
+    future = asyncio.run_coroutine_threadsafe(_end_of(coroutine), loop)
 
-    def wake(_: concurrent.futures.Future[T]) -> None:
+    def wake(_: concurrent.futures.Future[outcome.Outcome[T]]) -> None:
         with contextlib.suppress(trio.RunFinishedError):
             trio_token.run_sync_soon(done.set)
 
@@ -260,7 +261,12 @@ async def _run_in(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any
     except trio.Cancelled:
         future.cancel()
         raise
-    return future.result()
+    return future.result().unwrap()
+
+
+async def _end_of(coroutine: Coroutine[Any, Any, T]) -> outcome.Outcome[T]:
+    """What it returns or raises: asyncio prints an exception that nobody takes, as after a cancellation."""
+    return await outcome.acapture(lambda: coroutine)
 
 
 @asynccontextmanager

@@ -1,5 +1,7 @@
 """The monitor, tried on stock QEMU and on the double that stands for it in other tests: both behave alike."""
 
+import asyncio
+import gc
 import json
 import os
 import threading
@@ -244,3 +246,22 @@ async def test_cancelled_while_it_connects(tmp_path: Path) -> None:
             async with connect(tmp_path / "socket"):
                 pass
         assert scope.cancelled_caught
+
+
+async def test_cancelled_while_its_call_fails(caplog: pytest.LogCaptureFixture) -> None:
+    """asyncio would print an exception that nobody takes any more."""
+    waits = threading.Event()
+
+    async def fail() -> None:
+        try:
+            waits.set()
+            await asyncio.Event().wait()
+        finally:
+            raise EOFError
+
+    async with monitor_module._loop_in_thread() as loop, trio.open_nursery() as nursery:
+        nursery.start_soon(monitor_module._run_in, loop, fail())
+        await trio.to_thread.run_sync(waits.wait)
+        nursery.cancel_scope.cancel()
+    gc.collect()
+    assert not caplog.records
