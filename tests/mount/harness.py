@@ -260,7 +260,9 @@ class Mounted:
             if not match or (match[1] not in _HARMLESS and not _UNSAVED.search(match[2]))
         ]
         for pattern in self._expected:
-            assert any(re.search(pattern, line) for line in alarms), f"nothing was logged that matches {pattern!r}"
+            assert any(re.search(pattern, line) for line in alarms), (
+                f"nothing was logged that matches {pattern!r}; the log:\n" + "\n".join(lines)
+            )
         unannounced = [line for line in alarms if not any(re.search(pattern, line) for pattern in self._expected)]
         assert not unannounced, "logged unannounced:\n" + "\n".join(unannounced)
 

@@ -1,6 +1,8 @@
 """What goes wrong at a store, in words; and no secret in any of them."""
 
+import contextlib
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -101,9 +103,46 @@ def test_a_web_server_without_versions_is_refused(web: str, tmp_path: Path) -> N
     assert "the server tells no version of the file (no strong ETag)" in result.stderr
 
 
+@pytest.fixture
+def rude(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
+    """A server that sends what is in the list, whatever it is asked, and hangs up."""
+    words = [b""]
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{listening.getsockname()[1]}")
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):  # shut down
+                while True:
+                    connection, _ = listening.accept()
+                    with connection:
+                        connection.recv(1 << 16)
+                        connection.sendall(words[0])
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield words
+        listening.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (b"", "the connection to the store broke"),
+        (b"HTTP/1.1 206 Partial", "the connection to the store broke"),
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "the store's answer is of no use"),
+    ],
+)
+def test_what_is_no_answer(rude: list[bytes], run_ckptfs: RunCkptfs, answer: bytes, words: str) -> None:
+    rude[0] = answer
+    assert words in run_ckptfs("info", "s3://b/vm1", code=1).stderr
+
+
 def test_a_server_that_was_killed_gives_data_when_it_is_back(seaweed: Seaweed, stored: str, mount: Mount) -> None:
     mounted = mount(f"s3://{stored}/vm1")
-    mounted.expect_log("ERROR: pc.ram: page.*the store (can't be reached|gives no answer|'s answer)")
+    mounted.expect_log("ERROR: pc.ram: page.*(the store can't be reached|the connection to the store broke)")
     seaweed.signal(signal.SIGSTOP)
     seaweed.kill()
     with pytest.raises(OSError, match="Input/output error"):

@@ -48,6 +48,8 @@ def explain(url: str, error: BaseException) -> StorageError:
         return StorageError(f"{url}: the store gives no answer")
     if "kind: Connect" in text:
         return StorageError(f"{url}: the store can't be reached")
+    if "kind: Interrupted" in text or "IncompleteMessage" in text:
+        return StorageError(f"{url}: the connection to the store broke")
     if isinstance(error, exceptions.UnauthenticatedError):
         return StorageError(f"{url}: the store wants credentials", errno.EACCES)
     return StorageError(f"{url}: the store's answer is of no use ({type(error).__name__})")
