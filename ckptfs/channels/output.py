@@ -8,6 +8,7 @@ import numpy as np
 from ckptfs.channels.backing_file import pwritev_all
 from ckptfs.channels.identity import Identity
 from ckptfs.channels.target import PathTarget
+from ckptfs.errors import StorageError
 from ckptfs.migration.outgoing import coalesce, nonzero_pages
 
 _BLOCK_LENGTH = 4096
@@ -50,6 +51,12 @@ class FileOutput:
         if tail:
             pwritev_all(self._target.file.fd, [data[-tail:]], file_offset + len(data) - tail)
 
+    def allow(self, mode: int) -> None:
+        """Give it the rights ``mode``, as far as the umask grants them; otherwise it is the owner's alone."""
+        umask = os.umask(0)
+        os.umask(umask)
+        os.fchmod(self._target.file.fd, mode & ~umask)
+
     def end(self, length: int) -> None:
         """Give it its size and its name."""
         os.ftruncate(self._target.file.fd, length)
@@ -58,6 +65,23 @@ class FileOutput:
     def discard(self) -> None:
         """Give it up, if it was not published."""
         self._target.discard()
+
+
+def write_file(path: str, data: bytes) -> None:
+    """Make a file of these bytes, which has its name once it is whole; the umask says who may read it.
+
+    Raises CommandError for what must not be replaced; StorageError, naming ``path``.
+    """
+    try:
+        output = FileOutput(os.path.realpath(path))
+        try:
+            output.write(0, memoryview(data))
+            output.allow(0o666)
+            output.end(len(data))
+        finally:
+            output.discard()
+    except OSError as error:
+        raise StorageError(f"{path}: {error.strerror}", error.errno) from None
 
 
 class StreamOutput:

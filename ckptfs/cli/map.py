@@ -50,10 +50,11 @@ def _show(a: Memory, b: Memory | None, output: str | None) -> int:
         console = Terminal()
         console.print(_fitting(console, a, b))
         return 0
-    from ckptfs.cli.picture_files import write_png, write_svg
+    from ckptfs.channels.output import write_file
+    from ckptfs.cli.picture_files import png, svg
 
     picture = draw(_title(a, b), parts_of(a, b), _FILE_COLUMNS, _FILE_ROWS)
-    (write_png if output.endswith(".png") else write_svg)(picture, output)
+    write_file(output, (png if output.endswith(".png") else svg)(picture))
     return 0
 
 

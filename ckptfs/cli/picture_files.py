@@ -1,5 +1,6 @@
-"""A picture as a file: PNG, by Pillow, or SVG."""
+"""A picture as a file's bytes: PNG, by Pillow, or SVG."""
 
+import io
 from collections.abc import Iterator
 from typing import NamedTuple
 from xml.sax.saxutils import escape
@@ -26,12 +27,12 @@ class _Label(NamedTuple):
     swatch: Kind | None = None
 
 
-def write_png(picture: Picture, path: str) -> None:
-    """Write it as PNG. Raises CommandError without Pillow, OSError."""
+def png(picture: Picture) -> bytes:
+    """The picture as PNG. Raises CommandError without Pillow."""
     try:
         from PIL import Image, ImageDraw
     except ImportError:
-        raise CommandError(f"{path}: PNG needs Pillow: pip install 'ckptfs[pictures]'; or name it .svg") from None
+        raise CommandError("PNG needs Pillow: pip install 'ckptfs[pictures]'; or name it .svg") from None
     image = Image.new("RGB", _size(picture), _BACKGROUND)
     for top, row in _placed(picture):
         cells = row.colours[np.newaxis].repeat(_CELL, axis=0).repeat(_CELL, axis=1)
@@ -41,11 +42,13 @@ def write_png(picture: Picture, path: str) -> None:
         if label.swatch is not None:
             pen.rectangle((label.x - 16, label.y, label.x - 6, label.y + 10), COLOURS[label.swatch])
         pen.text((label.x, label.y), label.text, _INK)
-    image.save(path, "PNG")
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    return data.getvalue()
 
 
-def write_svg(picture: Picture, path: str) -> None:
-    """Write it as SVG: neighbours of one colour are one rectangle. Raises OSError."""
+def svg(picture: Picture) -> bytes:
+    """The picture as SVG: neighbours of one colour are one rectangle."""
     width, height = _size(picture)
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
@@ -58,8 +61,7 @@ def write_svg(picture: Picture, path: str) -> None:
             fill = _hex(COLOURS[label.swatch])
             lines.append(f'<rect x="{label.x - 16}" y="{label.y}" width="10" height="10" fill="{fill}"/>')
         lines.append(f'<text x="{label.x}" y="{label.y + 10}" fill="{_hex(_INK)}">{escape(label.text)}</text>')
-    with open(path, "w", encoding="utf-8") as file:
-        file.write("\n".join([*lines, "</svg>"]) + "\n")
+    return ("\n".join([*lines, "</svg>"]) + "\n").encode()
 
 
 def _rectangles(picture: Picture) -> Iterator[str]:

@@ -16,6 +16,7 @@ from ckptfs.api.picture import COLOURS, Kind, draw, parts_of
 from tests.cli.conftest import RunCkptfs
 from tests.doubles.migration_file import Block, MigrationFile
 from tests.mount.conftest import Mount
+from tests.mount.disk import Disk
 from tests.mount.harness import BIN
 
 PAGES = {**dict.fromkeys(range(64), b"x"), 199: b"last"}
@@ -85,7 +86,8 @@ def test_by_address(tmp_path: Path, mount: Mount) -> None:
 def test_files(tmp_path: Path, run_ckptfs: RunCkptfs) -> None:
     a, b = write(tmp_path / "a", PAGES), write(tmp_path / "b", {**PAGES, 5: b"y"})
     run_ckptfs("map", a, b, "-o", tmp_path / "out.png")
-    run_ckptfs("map", a, b, "-o", tmp_path / "out.svg")
+    (tmp_path / "link.svg").symlink_to(tmp_path / "out.svg")
+    run_ckptfs("map", a, b, "-o", tmp_path / "link.svg")
     pixels = np.asarray(Image.open(tmp_path / "out.png"))
     red = (pixels == COLOURS[Kind.DIFFERENT]).all(axis=2)
     assert red.sum() == 4 * 4 + 11 * 11  # the cell, and its place in the legend
@@ -94,6 +96,26 @@ def test_files(tmp_path: Path, run_ckptfs: RunCkptfs) -> None:
     rectangles = [one.attrib["fill"] for one in root if one.tag.endswith("rect")]
     assert rectangles.count("#eb4646") == 2
     assert "different 1" in [one.text for one in root if one.tag.endswith("text")]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (tmp_path / "out.svg").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_a_file_is_whole_or_as_it_was(kind: str, tmp_path: Path, run_ckptfs: RunCkptfs) -> None:
+    pages = dict.fromkeys(range(0, 4096, 3), b"x")
+    a = write(tmp_path / "a", pages, count=4096)
+    disk = Disk("tmpfs", tmp_path / "image", tmp_path / "small", 8 << 10)
+    out = disk.path / f"out.{kind}"
+    try:
+        out.write_text("former")
+        (disk.path / "other").write_bytes(bytes(4096))  # no page is left for a second file
+        said = run_ckptfs("map", a, "-o", out, code=1).stderr
+        assert said == f"{out}: No space left on device\n"
+        assert out.read_text() == "former"
+        assert sorted(os.listdir(disk.path)) == ["other", f"out.{kind}"]
+    finally:
+        disk.close()
 
 
 @pytest.mark.parametrize(
