@@ -1,7 +1,7 @@
 """The memory that is in a checkpoint, or mounted on a directory: blocks, and where they are in physical memory."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from types import TracebackType
 from typing import Protocol, Self
@@ -13,11 +13,11 @@ from ckptfs.api.blocks import Block, Pages, PhysicalMemory
 from ckptfs.api.checkpoint import open_checkpoint
 from ckptfs.api.status import is_dead_mount, read_status
 from ckptfs.channels.backing_file import pread_exactly
-from ckptfs.errors import CommandError, StateError
+from ckptfs.errors import CommandError
 from ckptfs.mapped_ram.bitmap import PagesBitmap
 from ckptfs.migration.address import FileMigrationArgs, parse_target, seekable_file
 from ckptfs.namespace.names import decode_name
-from ckptfs.physical.memory_map import read_map
+from ckptfs.physical.memory_map import MemoryMap, UnknownMapError, parse_map
 
 _STATES_LENGTH = 1 << 20
 
@@ -34,7 +34,7 @@ class Memory(Protocol):
 
     @property
     def physical(self) -> PhysicalMemory:
-        """By guest-physical address. Raises CkptfsError where that is not known."""
+        """By guest-physical address. Raises UnknownMapError where that is not known, CkptfsError, OSError."""
         ...
 
     def __enter__(self) -> Self: ...
@@ -47,9 +47,10 @@ class Memory(Protocol):
 class MountedMemory:
     """What is mounted on a directory, through its files: a guest may run on it, and write while it is read."""
 
-    def __init__(self, directory: str) -> None:
-        """Raises StateError where nothing is mounted, OSError."""
+    def __init__(self, directory: str, named: Sequence[str] = ()) -> None:
+        """``named`` is the user's memory map (`parse_map`). Raises StateError where nothing is mounted, OSError."""
         self.path = directory
+        self._named = named
         self._status = read_status(directory)
         self._files: list[int] = []
         try:
@@ -85,13 +86,20 @@ class MountedMemory:
 
     @cached_property
     def physical(self) -> PhysicalMemory:
-        """By guest-physical address, as views/map tells. Raises StateError where there is none."""
+        """By guest-physical address, as the user or views/map tells.
+
+        Raises UnknownMapError where neither does, CommandError for what the user's map has wrong.
+        """
+        return PhysicalMemory(self._map(), self.blocks)
+
+    def _map(self) -> MemoryMap:
+        if self._named:
+            return parse_map(self._named, {idstr: len(block) for idstr, block in self.blocks.items()})
         try:
             with open(os.path.join(self.path, "views", "map"), encoding="utf-8", errors="surrogateescape") as file:
-                return PhysicalMemory(read_map(file.read()), self.blocks)
+                return MemoryMap.of_text(file.read())
         except FileNotFoundError:
-            why = self._status.get("views-missing") or "it has no views"
-            raise StateError(f"{self.path}: where its RAM lies is not known: {why}") from None
+            raise UnknownMapError(f"{self.path} has no views/map, and its status says why") from None
 
     def close(self) -> None:
         """Close the files."""
@@ -107,16 +115,18 @@ class MountedMemory:
         self.close()
 
 
-def open_memory(place: str) -> Memory:
+def open_memory(place: str, named: Sequence[str] = ()) -> Memory:
     """Open the memory at ``place``: a mount's directory, PATH, or ``file:PATH,offset=SIZE``.
+
+    ``named`` is the user's memory map (`parse_map`), which goes before what the place tells by itself.
 
     Raises what `ckptfs.open` does, and StateError for a directory on which nothing is mounted.
     """
     if os.path.isdir(place) or is_dead_mount(place):
-        return MountedMemory(place)
+        return MountedMemory(place, named)
     if not place.startswith("file:"):
-        return open_checkpoint(place)
+        return open_checkpoint(place, map=named)
     address = seekable_file(parse_target(place))
     if not isinstance(address, FileMigrationArgs):
         raise CommandError(f"{place}: name a file")
-    return open_checkpoint(address.filename, offset=address.offset)
+    return open_checkpoint(address.filename, offset=address.offset, map=named)

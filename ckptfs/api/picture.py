@@ -15,7 +15,7 @@ import numpy.typing as npt
 from ckptfs.api.blocks import Block
 from ckptfs.api.compare import common_blocks, compare
 from ckptfs.api.memory import Memory, MountedMemory
-from ckptfs.errors import CkptfsError
+from ckptfs.errors import CkptfsError, CommandError
 from ckptfs.physical.memory_map import Region
 
 Cells = npt.NDArray[np.uint8]
@@ -103,11 +103,14 @@ class Picture:
 def parts_of(memory: Memory, other: Memory | None = None) -> list[Part]:
     """The parts of one memory, or of what differs between two, in the order of their addresses.
 
-    Where RAM lies is asked of the first; where that is not known, each block is a part by itself.
+    Where RAM lies is asked of the first; where that is not known, each block is a part by itself. Raises
+    CommandError for what a map by the user has wrong.
     """
     kinds = _states(memory) if other is None else _differences(memory, other)
     try:
         regions: Sequence[Region] = memory.physical.regions
+    except CommandError:
+        raise
     except (CkptfsError, OSError):
         regions = ()
     shown = [region for region in regions if region.idstr in kinds]

@@ -86,6 +86,13 @@ def seconds(text: str) -> float:
 OFFSET = argument(
     "--offset", metavar="SIZE", type=size, default=0, help="where in FILE the checkpoint begins (0x1000, 4k)"
 )
+MAP = argument(
+    "--map",
+    metavar="ID@ADDRESS",
+    action="append",
+    default=[],
+    help="where a RAM block is in physical memory, as in dimm0@4G+1G:0; repeat it for more blocks",
+)
 JSON = argument("--json", action="store_true", help="print a JSON object; for several files, an array of them")
 
 COMMANDS = (
@@ -239,6 +246,7 @@ COMMANDS = (
             argument("a", metavar="A", help="a checkpoint, or where one is mounted"),
             argument("b", metavar="B", help="what it is compared with"),
             argument("-q", "--quiet", action="store_true", help="say nothing, and stop at the first difference"),
+            MAP,
             argument("--json", action="store_true", help="print one JSON object"),
         ),
         "ckptfs.cli.diff:run",
@@ -253,6 +261,7 @@ COMMANDS = (
             argument("a", metavar="FILE_OR_DIR", help="a checkpoint, or where one is mounted"),
             argument("b", metavar="B", nargs="?", help="another one, that it is compared with"),
             argument("-o", "--output", metavar="OUT", help="write OUT.png (needs ckptfs[pictures]) or OUT.svg"),
+            MAP,
             argument("--watch", action="store_true", help="of a mount: again every second, until Ctrl-C"),
         ),
         "ckptfs.cli.map:run",
@@ -350,13 +359,7 @@ COMMANDS = (
                 choices=("raw", "elf", "lime", "mapped-ram", "libvirt"),
                 help="the format of OUT",
             ),
-            argument(
-                "--map",
-                metavar="ID@ADDRESS",
-                action="append",
-                default=[],
-                help="where a RAM block is in physical memory, as in dimm0@4G+1G:0; repeat it for more blocks",
-            ),
+            MAP,
             OFFSET,
             *FOLLOWED,
         ),

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -12,9 +11,10 @@ from ckptfs.api.blocks import PhysicalMemory
 from ckptfs.api.compare import Difference, common_blocks, compare, compared, with_data
 from ckptfs.api.memory import Memory, open_memory
 from ckptfs.cli.progress import Display, Nothing
-from ckptfs.errors import CkptfsError
+from ckptfs.errors import CkptfsError, CommandError
 from ckptfs.mapped_ram.bitmap import Run
 from ckptfs.namespace.status import counted, printable
+from ckptfs.physical.memory_map import words_of
 
 EQUAL, DIFFERENT, TROUBLE = 0, 1, 2
 """Exit codes, as those of diff(1) and cmp(1)."""
@@ -23,7 +23,7 @@ EQUAL, DIFFERENT, TROUBLE = 0, 1, 2
 def run(arguments: argparse.Namespace) -> int:
     """Compare A and B."""
     try:
-        with open_memory(arguments.a) as a, open_memory(arguments.b) as b:
+        with open_memory(arguments.a, arguments.map) as a, open_memory(arguments.b, arguments.map) as b:
             if arguments.quiet:
                 return DIFFERENT if _differ(a, b) else EQUAL
             document = describe(a, b, _display())
@@ -39,9 +39,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def describe(a: Memory, b: Memory, display: Display) -> dict[str, Any]:
     """Compare all that both have, and tell what only one of them has."""
+    physical, problem = _physical(a, b)
     with display:
         differences = list(_compared(a, b, display))
-    physical, problem = _physical(a, b)
     only = [_only(one, other) for one, other in ((a, b), (b, a))]
     return {
         "a": a.path,
@@ -83,13 +83,15 @@ def _only(one: Memory, other: Memory) -> list[str]:
 
 
 def _physical(a: Memory, b: Memory) -> tuple[PhysicalMemory | None, str | None]:
-    """Where RAM lies, as one of them tells; or why neither does."""
+    """Where RAM lies, as one of them tells; or why neither does. Raises CommandError for a wrong --map."""
     problem = None
     for memory in (a, b):
         try:
             return memory.physical, None
+        except CommandError:
+            raise
         except (CkptfsError, OSError) as error:
-            problem = problem or re.sub(r":[^:]*-o map=.*", "", str(error))  # no option of ours
+            problem = problem or words_of(error, "--map ")
     return None, problem
 
 

@@ -39,7 +39,7 @@ from ckptfs.migration.size import format_size
 from ckptfs.migration.store import StoreOptions
 from ckptfs.namespace.names import encode_name
 from ckptfs.physical.layouts import Extent, Layout, flat, lime_image
-from ckptfs.physical.memory_map import MemoryMap, Region
+from ckptfs.physical.memory_map import MemoryMap, Region, words_of
 
 FORMATS = ("raw", "elf", "lime", "mapped-ram", "libvirt")
 _CHECKPOINTS = ("mapped-ram", "libvirt")
@@ -123,7 +123,7 @@ async def _layout_of(guest: Guest, arguments: argparse.Namespace) -> Layout:
     name = _VIEWS[arguments.format]
     views = await look(guest, memory_on(guest, ()).main, arguments.map)
     if name not in views.layouts:
-        problem = views.missing[name].replace("-o map=", "--map ")
+        problem = words_of(views.missing[name], "--map ")
         raise StateError(f"{arguments.path}: {arguments.format} can't be made of it: {problem}", errno.ENODATA)
     layout = views.layouts[name]
     return lime_image(layout.memory) if arguments.format == "lime" else layout
@@ -158,7 +158,7 @@ class _MountedMemory:
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as undo:
             map_fd = self._open("map", undo)
-            memory = MemoryMap.of_text(os.pread(map_fd, 1 << 20, 0).decode())
+            memory = MemoryMap.of_text(os.pread(map_fd, 1 << 20, 0).decode("utf-8", "surrogateescape"))
             self._phys = self._open("phys", undo)
             self.layout = self._layout_of(memory, undo)
             for region in memory.regions:

@@ -3,7 +3,7 @@
 import argparse
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -37,11 +37,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.watch and (arguments.b is not None or arguments.output is not None):
         raise CommandError("--watch: of one mount, on the terminal")
     if arguments.watch:
-        return _watch(arguments.a)
-    with open_memory(arguments.a) as a:
+        return _watch(arguments.a, arguments.map)
+    with open_memory(arguments.a, arguments.map) as a:
         if arguments.b is None:
             return _show(a, None, arguments.output)
-        with open_memory(arguments.b) as b:
+        with open_memory(arguments.b, arguments.map) as b:
             return _show(a, b, arguments.output)
 
 
@@ -58,7 +58,7 @@ def _show(a: Memory, b: Memory | None, output: str | None) -> int:
     return 0
 
 
-def _watch(directory: str) -> int:
+def _watch(directory: str, named: Sequence[str]) -> int:
     """Draw it again and again; it is opened each time, as an open file would keep it from being unmounted."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
     console = Terminal()
@@ -66,7 +66,7 @@ def _watch(directory: str) -> int:
         with Live(console=console, screen=False, auto_refresh=False) as live:
             while True:
                 try:
-                    with open_memory(directory) as memory:
+                    with open_memory(directory, named) as memory:
                         if not isinstance(memory, MountedMemory):
                             raise CommandError(f"{directory}: --watch is for a mount")
                         live.update(_fitting(console, memory, None), refresh=True)

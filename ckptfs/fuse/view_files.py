@@ -7,6 +7,7 @@ from ckptfs.guest.guest import Guest
 from ckptfs.guest.views import Views, look
 from ckptfs.guest.vmstate import memory_on
 from ckptfs.physical.layouts import Layout
+from ckptfs.physical.memory_map import words_of
 
 
 class ViewFiles:
@@ -42,7 +43,7 @@ class ViewFiles:
     @property
     def missing(self) -> dict[str, str]:
         """Why others are not there, by their names."""
-        return self._views.missing
+        return {name: words_of(error, "-o map=") for name, error in self._views.missing.items()}
 
     def layout(self, name: str) -> Layout:
         """What a file is made of."""

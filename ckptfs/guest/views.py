@@ -26,7 +26,7 @@ class Views:
     """What there is of one base: layouts by name, and why the others are missing."""
 
     layouts: dict[str, Layout] = field(default_factory=dict)
-    missing: dict[str, str] = field(default_factory=dict)
+    missing: dict[str, CkptfsError | OSError] = field(default_factory=dict)
 
 
 async def look(guest: Guest, backends: Collection[str], named: Sequence[str] = ()) -> Views:
@@ -43,7 +43,7 @@ async def look(guest: Guest, backends: Collection[str], named: Sequence[str] = (
         try:
             views.layouts[name] = await _driven(guest, make(looker))
         except (CkptfsError, OSError) as error:
-            views.missing[name] = str(error)
+            views.missing[name] = error
     return views
 
 

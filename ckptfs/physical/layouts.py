@@ -68,8 +68,9 @@ def _part(extent: Extent, skip: int, length: int) -> bytes | Region:
     return Region(region.start + skip, length, region.idstr, region.block_offset + skip)
 
 
-def text(data: bytes) -> Layout:
-    """A file of these bytes."""
+def text(words: str) -> Layout:
+    """A file of text; what is no text in names of blocks stays what it was."""
+    data = words.encode("utf-8", "surrogateescape")
     return Layout((Extent(0, len(data), data),), len(data))
 
 

@@ -19,7 +19,15 @@ from ckptfs.physical import acpi, layouts
 from ckptfs.physical.devices import DeviceState, read_device
 from ckptfs.physical.elf_core import EM_X86_64, LoadedRange, build, machine_notes, physical_ranges
 from ckptfs.physical.layouts import Layout
-from ckptfs.physical.memory_map import MemoryMap, cmos_of, fixed_map, fixed_start, parse_map, pc_map
+from ckptfs.physical.memory_map import (
+    MemoryMap,
+    UnknownMapError,
+    cmos_of,
+    fixed_map,
+    fixed_start,
+    parse_map,
+    pc_map,
+)
 from ckptfs.physical.page_tables import TABLE_LENGTH, kernel_ranges
 from ckptfs.physical.registers import Registers
 from ckptfs.physical.vmcoreinfo import check_note, kernel_offset, place_of, text_of
@@ -82,7 +90,7 @@ class Looker:
             offset = kernel_offset((yield from self.note()))
         except CkptfsError:
             offset = None
-        return layouts.text((text + ("" if offset is None else f"KERNELOFFSET={offset:x}\n")).encode())
+        return layouts.text(text + ("" if offset is None else f"KERNELOFFSET={offset:x}\n"))
 
     def phys(self) -> Look[Layout]:
         """Memory by its physical address."""
@@ -90,7 +98,7 @@ class Looker:
 
     def vmcoreinfo(self) -> Look[Layout]:
         """What the kernel tells debuggers."""
-        return layouts.text(text_of((yield from self.note())).encode())
+        return layouts.text(text_of((yield from self.note())))
 
     def vmcore(self) -> Look[Layout]:
         """An ELF core by physical address; without register notes where there are no registers."""
@@ -124,21 +132,19 @@ class Looker:
 
     def _find_memory_map(self) -> Look[MemoryMap]:
         if self._named:
-            return parse_map(self._named, self._blocks)
+            return parse_map(self._named, {idstr: block.used_length for idstr, block in self._blocks.items()})
         main = yield from self._in_node_order(
             [block for block in self._blocks.values() if block.idstr in self._main]
         )
         if not main:
-            raise CheckpointError(
-                "no RAM block is known to be main memory: say where blocks are, -o map=ID@ADDRESS"
-            )
+            raise UnknownMapError("no RAM block is known to be main memory")
         if (clock := self.device("mc146818rtc")) is not None:
             has_vga = any(idstr.endswith("vga.vram") for idstr in self._blocks)
             return pc_map(cmos_of(clock), main, has_vga, self._blocks.get("pc.bios"))
         machine = self._checkpoint.machine
         start = fixed_start(machine, self._cpu_fields())
         if start is None:
-            raise CheckpointError(f"where machine {machine!r} has its RAM is not known: say it, -o map=ID@ADDRESS")
+            raise UnknownMapError(f"where machine {machine!r} has its RAM is not known")
         return fixed_map(start, main, machine)
 
     def _in_node_order(self, blocks: list[RAMBlock]) -> Look[list[RAMBlock]]:
@@ -154,9 +160,7 @@ class Looker:
                     first.append(idstr)
             order = acpi.in_node_order(lengths, sizes, first)
         if order is None:
-            raise CheckpointError(
-                f"which NUMA node each of {', '.join(lengths)} is is not known: say it, -o map=ID@ADDRESS"
-            )
+            raise UnknownMapError(f"which NUMA node each of {', '.join(lengths)} is is not known")
         return sorted(blocks, key=lambda block: order.index(block.idstr))
 
     def _is_x86(self) -> bool:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
-from ckptfs.errors import CheckpointError, CommandError
+from ckptfs.errors import CheckpointError, CkptfsError, CommandError
 from ckptfs.mapped_ram.ramblock import RAMBlock
 from ckptfs.migration.size import parse_size
 from ckptfs.physical.devices import DeviceState
@@ -26,6 +26,15 @@ _ENTRY = re.compile(r"(?P<idstr>.+)@(?P<address>[^@+:]+)(\+(?P<length>[^@+:]+))?
 _FIXED_STARTS = {("virt", "env.xregs"): 0x40000000, ("virt", "env.gpr"): 0x80000000}
 """First byte of RAM, by machine type and a field that vCPUs of its architecture have (hw/arm/virt.c,
 hw/riscv/virt.c, 10.0)."""
+
+
+class UnknownMapError(CheckpointError):
+    """Where RAM lies is not known: who asks may say it (`parse_map`)."""
+
+
+def words_of(error: Exception, option: str) -> str:
+    """What an error says; where a map would help, with the option that takes one (``-o map=``)."""
+    return f"{error}: say it, {option}ID@ADDRESS" if isinstance(error, UnknownMapError) else str(error)
 
 
 class Region(NamedTuple):
@@ -76,7 +85,12 @@ class MemoryMap:
             address = end
 
     def text(self) -> str:
-        """The map as a file: a line ``START LENGTH BLOCK OFFSET`` for each region."""
+        """The map as a file: a line ``START LENGTH BLOCK OFFSET`` for each region.
+
+        Raises CheckpointError for a block whose name is no part of a line.
+        """
+        if strange := [region.idstr for region in self.regions if "\n" in region.idstr]:
+            raise CheckpointError(f"the name of RAM block {strange[0]!r} can't be in a line")
         lines = [f"# known from {self.source}"]
         lines += [
             f"{region.start:#x} {region.length:#x} {region.idstr} {region.block_offset:#x}"
@@ -86,8 +100,8 @@ class MemoryMap:
 
     @classmethod
     def of_text(cls, text: str) -> "MemoryMap":
-        """The map that such a file tells. Raises CheckpointError for another text."""
-        lines = [line for line in text.splitlines() if line.startswith("0x")]
+        """The map that such a file tells, whatever else is in it. Raises CheckpointError for a bad line."""
+        lines = [line for line in text.split("\n") if line.startswith("0x")]
         try:
             regions = []
             for line in lines:
@@ -99,21 +113,11 @@ class MemoryMap:
         return cls(tuple(regions), text.partition("\n")[0].removeprefix("# known from "))
 
 
-def read_map(text: str) -> MemoryMap:
-    """The map that `MemoryMap.text` has written; what else is in it is passed over."""
-    head, *lines = text.splitlines() or [""]
-    regions = []
-    for line in lines:
-        start, _, rest = line.partition(" ")
-        length, _, rest = rest.partition(" ")
-        idstr, _, offset = rest.rpartition(" ")
-        if idstr:
-            regions.append(Region(int(start, 16), int(length, 16), idstr, int(offset, 16)))
-    return MemoryMap(tuple(regions), head.removeprefix("# known from "))
+def parse_map(entries: Sequence[str], lengths: Mapping[str, int]) -> MemoryMap:
+    """The map that a user gave: ``ID@ADDR[+LEN][:OFFSET]`` each. Raises CommandError, naming the entry.
 
-
-def parse_map(entries: Sequence[str], blocks: Mapping[str, RAMBlock]) -> MemoryMap:
-    """The map that a user gave: ``ID@ADDR[+LEN][:OFFSET]`` each. Raises CommandError, naming the entry."""
+    ``lengths`` are bytes of each block, by idstr.
+    """
     regions = []
     for entry in entries:
         match = _ENTRY.fullmatch(entry)
@@ -121,15 +125,15 @@ def parse_map(entries: Sequence[str], blocks: Mapping[str, RAMBlock]) -> MemoryM
             raise CommandError(
                 f"map: {entry!r} is not ID@ADDRESS[+LENGTH][:OFFSET], as in pc.ram@0x100000000+1G:3G"
             )
-        block = blocks.get(match["idstr"])
-        if block is None:
-            raise CommandError(f"map: there is no RAM block {match['idstr']!r}")
+        idstr = match["idstr"]
+        if idstr not in lengths:
+            raise CommandError(f"map: there is no RAM block {idstr!r}")
         address, offset = (_number(entry, match[name] or "0") for name in ("address", "offset"))
-        length = _number(entry, match["length"]) if match["length"] else block.used_length - offset
-        if length <= 0 or offset + length > block.used_length:
-            raise CommandError(f"map: {entry!r} is outside of the block, which has {block.used_length:#x} bytes")
-        regions.append(Region(address, length, block.idstr, offset))
-    return _checked(regions, "map=")
+        length = _number(entry, match["length"]) if match["length"] else lengths[idstr] - offset
+        if length <= 0 or offset + length > lengths[idstr]:
+            raise CommandError(f"map: {entry!r} is outside of the block, which has {lengths[idstr]:#x} bytes")
+        regions.append(Region(address, length, idstr, offset))
+    return _checked(regions, "map=", CommandError)
 
 
 def pc_map(cmos: bytes, main: Sequence[RAMBlock], has_vga: bool, bios: RAMBlock | None) -> MemoryMap:
@@ -153,7 +157,7 @@ def pc_map(cmos: bytes, main: Sequence[RAMBlock], has_vga: bool, bios: RAMBlock 
     ]
     if bios is not None:
         regions.append(Region(GiB4 - bios.used_length, bios.used_length, bios.idstr, 0))
-    return _checked(regions, "the CMOS of the machine's clock")
+    return _checked(regions, "the CMOS of the machine's clock", CheckpointError)
 
 
 def cmos_sizes(cmos: bytes) -> tuple[int, int]:
@@ -174,7 +178,7 @@ def fixed_start(machine: str, cpu_fields: Collection[str]) -> int | None:
 def fixed_map(start: int, main: Sequence[RAMBlock], machine: str) -> MemoryMap:
     """The map of a machine that has all its RAM in one place."""
     total = sum(block.used_length for block in main)
-    return _checked(list(_placed(main, start, 0, total)), f"the machine type {machine}")
+    return _checked(list(_placed(main, start, 0, total)), f"the machine type {machine}", CheckpointError)
 
 
 def cmos_of(clock: DeviceState) -> bytes:
@@ -211,13 +215,14 @@ def _part(region: Region, start: int, stop: int) -> Region:
     return Region(start, stop - start, region.idstr, region.block_offset + start - region.start)
 
 
-def _checked(regions: list[Region], source: str) -> MemoryMap:
+def _checked(regions: list[Region], source: str, wrong: type[CkptfsError]) -> MemoryMap:
+    """The map of regions; raises ``wrong`` where they can't be as they are."""
     regions.sort()
     for former, region in pairwise(regions):
         if region.start < former.stop:
-            raise CommandError(f"{former.idstr} and {region.idstr} would both be at address {region.start:#x}")
+            raise wrong(f"{former.idstr} and {region.idstr} would both be at address {region.start:#x}")
     if regions and regions[-1].stop > ADDRESS_MAX:
-        raise CommandError(f"{regions[-1].idstr} would end at address {regions[-1].stop:#x}, where none is")
+        raise wrong(f"{regions[-1].idstr} would end at address {regions[-1].stop:#x}, where none is")
     return MemoryMap(tuple(regions), source)
 
 

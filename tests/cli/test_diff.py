@@ -58,7 +58,8 @@ def test_words(tmp_path: Path) -> None:
         "        0x12c000        0x1000  -\n"
         "both: has 8192 bytes in A, and 12288 in B\n"
         "mine: only in A\n"
-        "addresses are not known: where machine 'pc-i440fx-10.0' has its RAM is not known\n"
+        "addresses are not known: where machine 'pc-i440fx-10.0' has its RAM is not known: "
+        "say it, --map ID@ADDRESS\n"
     )
 
 
@@ -71,6 +72,19 @@ def test_trouble(tmp_path: Path) -> None:
     other = MigrationFile([Block("pc.ram", 25, {})], target_page_bits=16)
     other.write(tmp_path / "other")
     assert "pages of 4096 bytes" in diff(a, tmp_path / "other", code=2)
+
+
+def test_a_map_by_hand(tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a", PAGES, Block("d0", 1)), write(tmp_path / "b", CHANGED, plain=True)
+    told = ("--map", "pc.ram@0+24k", "--map", "pc.ram@4G:24k", "--map", "d0@8G")
+    found = json.loads(diff(a, b, *told, "--json", code=1))
+    assert found["addresses"] == "known"
+    assert [run["address"] for run in found["blocks"][0]["runs"]] == [
+        5 * 4096,
+        (4 << 30) + 4096,
+        (4 << 30) + 294 * 4096,
+    ]
+    assert diff(a, b, "--map", "d1@0", code=2) == "map: there is no RAM block 'd1'\n"
 
 
 def test_mounts(tmp_path: Path, mount: Mount) -> None:
@@ -87,5 +101,7 @@ def test_mounts(tmp_path: Path, mount: Mount) -> None:
         (6 * 4096, 4096, 4 << 30),
         (399 * 4096, 4096, (4 << 30) + 393 * 4096),
     ]
+    moved = json.loads(diff(mounted.path, a, "--map", "pc.ram@1G", "--json", code=1))
+    assert moved["blocks"][0]["runs"][-1]["address"] == (1 << 30) + 399 * 4096
     mounted.ctl(f"save {tmp_path}/b")
     assert diff(mounted.path, tmp_path / "b", code=0) == "equal: 1 block, 400 pages\n"

@@ -83,6 +83,13 @@ def test_by_address(tmp_path: Path, mount: Mount) -> None:
         assert np.flatnonzero(above.kinds == Kind.WRITTEN).tolist() == [150 - 128]
 
 
+def test_a_map_by_hand(tmp_path: Path, run_ckptfs: RunCkptfs) -> None:
+    ckpt = write(tmp_path / "ckpt", PAGES)
+    printed = run_ckptfs("map", ckpt, "--map", "pc.ram@1M").stdout
+    assert "\n     0x100000 ####" in printed
+    assert "map: there is no RAM block 'x'" in run_ckptfs("map", ckpt, "--map", "x@0", code=2).stderr
+
+
 def test_files(tmp_path: Path, run_ckptfs: RunCkptfs) -> None:
     a, b = write(tmp_path / "a", PAGES), write(tmp_path / "b", {**PAGES, 5: b"y"})
     run_ckptfs("map", a, b, "-o", tmp_path / "out.png")

@@ -49,11 +49,11 @@ def test_all_in_one_place() -> None:
     assert found.regions == (Region(0x40000000, MiB, "a", 0), Region(0x40100000, MiB, "b", 0))
 
 
-BLOCKS = {"pc.ram": block("pc.ram", 64 * MiB), "d0": block("d0", MiB), "/a@b": block("/a@b", MiB)}
+LENGTHS = {"pc.ram": 64 * MiB, "d0": MiB, "/a@b": MiB}
 
 
 def test_a_map_by_hand() -> None:
-    found = parse_map(["d0@4G", "pc.ram@0+16M", "pc.ram@1G+1M:0x1000000", "/a@b@5G"], BLOCKS)
+    found = parse_map(["d0@4G", "pc.ram@0+16M", "pc.ram@1G+1M:0x1000000", "/a@b@5G"], LENGTHS)
     assert found.regions == (
         Region(0, 16 * MiB, "pc.ram", 0),
         Region(1 << 30, MiB, "pc.ram", 16 * MiB),
@@ -61,6 +61,15 @@ def test_a_map_by_hand() -> None:
         Region(5 << 30, MiB, "/a@b", 0),
     )
     assert found.text().splitlines()[:2] == ["# known from map=", "0x0 0x1000000 pc.ram 0x0"]
+
+
+def test_a_map_as_text() -> None:
+    found = MemoryMap((Region(0, MiB, "a b", 0), Region(MiB, MiB, "\x85\udcff", MiB)), "map=")
+    assert MemoryMap.of_text(found.text() + "KERNELOFFSET=1000\n") == found
+    with pytest.raises(CheckpointError, match="is no line"):
+        MemoryMap.of_text("0x0 0x1000\n")
+    with pytest.raises(CheckpointError, match=r"RAM block 'a\\n0x0 0x1000 b 0x0' can't be in a line"):
+        MemoryMap((Region(0, MiB, "a\n0x0 0x1000 b 0x0", 0),), "map=").text()
 
 
 @pytest.mark.parametrize(
@@ -78,12 +87,12 @@ def test_a_map_by_hand() -> None:
 )
 def test_bad_entries_are_named(entry: str, problem: str) -> None:
     with pytest.raises(CommandError, match=problem):
-        parse_map([entry], BLOCKS)
+        parse_map([entry], LENGTHS)
 
 
 def test_blocks_can_not_overlap() -> None:
     with pytest.raises(CommandError, match=r"pc\.ram and d0 would both be at address 0x1000000"):
-        parse_map(["pc.ram@0", "d0@16M"], BLOCKS)
+        parse_map(["pc.ram@0", "d0@16M"], LENGTHS)
 
 
 def test_pieces() -> None:

@@ -140,6 +140,13 @@ def test_a_map_by_hand(mount: Mount, tmp_path: Path) -> None:
     assert "map: there is no RAM block 'nosuch'" in refused.status()["views-missing"]
 
 
+def test_a_name_that_is_no_text(mount: Mount, tmp_path: Path) -> None:
+    MigrationFile(blocks=[Block("no text \udcff", 16, {1: b"one"})]).write(tmp_path / "ckpt")
+    views = mount(tmp_path / "ckpt", "map=no text \udcff@0").path / "views"
+    assert (views / "phys").read_bytes()[4096:].startswith(b"one")
+    assert b" no text \xff 0x0\n" in (views / "map").read_bytes()
+
+
 def test_without_a_vmdesc_there_is_no_map(mount: Mount, tmp_path: Path) -> None:
     MigrationFile(vmdesc=False).write(tmp_path / "ckpt")
     mounted = mount(tmp_path / "ckpt")
