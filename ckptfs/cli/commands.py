@@ -271,7 +271,8 @@ COMMANDS = (
         "print the arguments that start QEMU on a mount or a file",
         "Print the arguments that make a mount QEMU's memory: qemu-system-x86_64 $(ckptfs qemu-args DIR) ... Add"
         " the same devices as in the checkpoint. For a FILE, print the arguments that map the file itself,"
-        " privately; `ckptfs vmstate FILE` writes what -incoming needs.",
+        " privately; `ckptfs vmstate FILE` writes what -incoming needs. Where there are none, it prints an"
+        " argument that QEMU refuses, so that no other machine boots from these disks.",
         (
             argument("directory", metavar="FILE_OR_DIR", help="a checkpoint, or where one is mounted"),
             argument(

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from ckptfs.api.status import is_dead_mount, read_status
-from ckptfs.errors import CommandError, StateError
+from ckptfs.errors import CkptfsError, CommandError, StateError
 from ckptfs.qemu.memory import id_of, naming_property
 
 Block = dict[str, Any]
@@ -15,19 +15,29 @@ _WELL_FORMED_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")  # id_wellformed in uti
 _SPLITTING = " \t\n*?[\\"
 """A shell splits or expands an unquoted $(...) at these."""
 
+_NO_MACHINE = "-refused-by-ckptfs"
+"""Else an error in `qemu-system-x86_64 $(ckptfs qemu-args DIR) -drive ...` boots another machine on these disks."""
+
 MiB = 1 << 20
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the arguments in one line."""
+    """Print the arguments in one line; where there are none, one that QEMU does not start with."""
+    try:
+        print(" ".join(_arguments(arguments)))
+    except (CkptfsError, OSError):
+        print(_NO_MACHINE)
+        raise
+    return 0
+
+
+def _arguments(arguments: argparse.Namespace) -> list[str]:
     if not os.path.isdir(arguments.directory) and not is_dead_mount(arguments.directory):
         from ckptfs.cli.run import run_qemu_args  # with numpy, which a mount's arguments do without
 
-        print(" ".join(run_qemu_args(arguments.directory, 0)))
-        return 0
+        return run_qemu_args(arguments.directory, 0)
     nodes = arguments.nodes.split(",") if arguments.nodes else None
-    print(" ".join(qemu_args(arguments.directory, arguments.share, nodes)))
-    return 0
+    return qemu_args(arguments.directory, arguments.share, nodes)
 
 
 def qemu_args(directory: str, share: str | None, nodes: list[str] | None) -> list[str]:

@@ -24,7 +24,7 @@ def run_ckptfs() -> RunCkptfs:
         )
         assert result.returncode == code, result
         if code == 1:
-            assert result.stdout == ""
+            assert result.stdout == ("-refused-by-ckptfs\n" if arguments[0] == "qemu-args" else "")
             assert result.stderr.count("\n") == 1
         return result
 

@@ -1,3 +1,4 @@
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,21 @@ def test_a_name_that_no_backend_can_have(tmp_path: Path, mount: Mount, run_ckptf
     path = mount(tmp_path / "new", "ram=my ram:16M").path
     line = run_ckptfs("qemu-args", path, code=2).stderr
     assert line == "ckptfs: RAM block 'my ram': QEMU has no memory backend of this name\n"
+
+
+def test_no_machine_starts_with_arguments_that_are_none(
+    tmp_path: Path, mount: Mount, run_ckptfs: RunCkptfs
+) -> None:
+    path = mount(tmp_path / "new", "ram=vga.vram:16M").path
+    for source in (path, tmp_path / "nothing"):
+        refused = run_ckptfs("qemu-args", source, code=1).stdout.split()
+        qemu = subprocess.run(
+            ["qemu-system-x86_64", *refused, "-S", "-display", "none"], capture_output=True, text=True, timeout=60
+        )
+        assert (qemu.returncode, qemu.stderr) == (
+            1,
+            "qemu-system-x86_64: -refused-by-ckptfs: invalid option\n",
+        )
 
 
 def test_pages_written_since_the_checkpoint(tmp_path: Path, mount: Mount, run_ckptfs: RunCkptfs) -> None:
