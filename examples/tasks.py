@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""tasks.py CORE VMLINUX: the tasks of a guest, and of a core with registers where its first CPU is, by drgn.
+"""tasks.py PLACE VMLINUX: the tasks of a guest, and of a core with registers where its first CPU is, by drgn.
 
-CORE is views/vmcore of a mount, or a checkpoint without any mount. VMLINUX has the kernel's symbols.
+PLACE is views/vmcore of a mount, a checkpoint without any mount, or the directory of a mount, on which the guest
+may be running. VMLINUX has the kernel's symbols.
 """
 
+import os
 import sys
 
 import drgn
@@ -13,18 +15,19 @@ import ckptfs
 from ckptfs.errors import CheckpointError
 
 
-def program(path: str) -> drgn.Program:
-    """Give drgn the memory of a core or a checkpoint."""
+def program(place: str) -> drgn.Program:
+    """Give drgn the memory of a core, a checkpoint or a mount."""
     prog = drgn.Program(drgn.host_platform)
+    is_mount = os.path.isdir(place)
     try:
-        checkpoint = ckptfs.open(path)
+        memory = ckptfs.Mount(place).memory() if is_mount else ckptfs.open(place)
     except CheckpointError:  # it is a core, which has registers too
-        prog.set_core_dump(path)
+        prog.set_core_dump(place)
         return prog
-    memory = checkpoint.physical
-    for start, length, _, _ in memory.regions:
-        prog.add_memory_segment(start, length, lambda at, count, _, __: memory.read(at, count), True)
-    prog.set_linux_kernel_custom(checkpoint.vmcoreinfo(), False)
+    physical = memory.physical
+    for start, length, _, _ in physical.regions:
+        prog.add_memory_segment(start, length, lambda at, count, _, __: physical.read(at, count), True)
+    prog.set_linux_kernel_custom(memory.vmcoreinfo(), is_mount)
     return prog
 
 

@@ -1,5 +1,7 @@
 """The memory that is in a checkpoint, or mounted on a directory: blocks, and where they are in physical memory."""
 
+import errno
+import mmap
 import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -13,7 +15,7 @@ from ckptfs.api.blocks import Block, Pages, PhysicalMemory
 from ckptfs.api.checkpoint import open_checkpoint
 from ckptfs.api.status import is_dead_mount, read_status
 from ckptfs.channels.backing_file import pread_exactly
-from ckptfs.errors import CommandError
+from ckptfs.errors import CommandError, StateError
 from ckptfs.mapped_ram.bitmap import PagesBitmap
 from ckptfs.migration.address import FileMigrationArgs, parse_target, seekable_file
 from ckptfs.namespace.names import decode_name
@@ -45,11 +47,17 @@ class Memory(Protocol):
 
 
 class MountedMemory:
-    """What is mounted on a directory, through its files: a guest may run on it, and write while it is read."""
+    """The memory that is mounted on a directory, until `close` or the end of a ``with``.
+
+    A guest may run on it, and write while it is read: `Block.read` and arrays show what is there at that moment;
+    which pages have data was found out when it was opened. While it is open, and as long as there are arrays of it,
+    it is a user of the mount.
+    """
 
     def __init__(self, directory: str, named: Sequence[str] = ()) -> None:
         """``named`` is the user's memory map (`parse_map`). Raises StateError where nothing is mounted, OSError."""
         self.path = directory
+        """Where it is mounted."""
         self._named = named
         self._status = read_status(directory)
         self._files: list[int] = []
@@ -59,6 +67,7 @@ class MountedMemory:
             self.close()
             raise
         self.blocks = {block.idstr: block for block in blocks}
+        """The RAM blocks, by idstr."""
 
     def _block(self, name: str, page_size: int) -> Block:
         file = os.open(os.path.join(self.path, name), os.O_RDONLY | os.O_CLOEXEC)
@@ -72,7 +81,8 @@ class MountedMemory:
             pread_exactly(file, pages.data, start * page_size)
             return pages
 
-        return Block(decode_name(os.fsencode(os.path.basename(name))), page_size, with_data, read_pages)
+        idstr = decode_name(os.fsencode(os.path.basename(name)))
+        return Block(idstr, page_size, with_data, read_pages, lambda: _mapped(file))
 
     def states(self) -> dict[str, npt.NDArray[np.uint8]]:
         """What pages/ says now of each page: 0 zeros, 1 in the checkpoint, 2 read, 3 written."""
@@ -92,14 +102,26 @@ class MountedMemory:
         """
         return PhysicalMemory(self._map(), self.blocks)
 
+    def vmcoreinfo(self) -> str:
+        """What a Linux kernel tells debuggers, lines ``NAME=VALUE``. Raises StateError where it has not."""
+        try:
+            return self._view("vmcoreinfo")
+        except FileNotFoundError:
+            raise StateError(
+                f"{self.path} has no views/vmcoreinfo, and its status says why", errno.ENODATA
+            ) from None
+
     def _map(self) -> MemoryMap:
         if self._named:
             return parse_map(self._named, {idstr: len(block) for idstr, block in self.blocks.items()})
         try:
-            with open(os.path.join(self.path, "views", "map"), encoding="utf-8", errors="surrogateescape") as file:
-                return MemoryMap.of_text(file.read())
+            return MemoryMap.of_text(self._view("map"))
         except FileNotFoundError:
             raise UnknownMapError(f"{self.path} has no views/map, and its status says why") from None
+
+    def _view(self, name: str) -> str:
+        with open(os.path.join(self.path, "views", name), encoding="utf-8", errors="surrogateescape") as file:
+            return file.read()
 
     def close(self) -> None:
         """Close the files."""
@@ -113,6 +135,12 @@ class MountedMemory:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _mapped(file: int) -> Pages | None:
+    """A file as it is now and will be; None if it has nothing."""
+    length = os.fstat(file).st_size
+    return np.frombuffer(mmap.mmap(file, length, prot=mmap.PROT_READ), np.uint8) if length else None
 
 
 def open_memory(place: str, named: Sequence[str] = ()) -> Memory:

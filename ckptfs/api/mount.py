@@ -18,11 +18,14 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from ckptfs.api.ctl import run_command
 from ckptfs.api.status import Status, read_status
 from ckptfs.errors import StateError
+
+if TYPE_CHECKING:
+    from ckptfs.api.memory import MountedMemory
 
 Option = str | int | bool | Sequence[str] | None
 
@@ -64,7 +67,7 @@ class Mount:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
-        self._readers: list[Events] = []
+        self._open: list[Events | MountedMemory] = []
 
     def save(self, target: str | os.PathLike[str] | None = None, *, ram_only: bool = False) -> str:
         """Write a checkpoint, to the mounted file or to ``target``; return one line of what was done.
@@ -88,13 +91,24 @@ class Mount:
         It ends when it is closed, and with the mount. An open one is a user of the mount.
         """
         events = Events(self.path / "events")
-        self._readers.append(events)
+        self._open.append(events)
         return events
 
+    def memory(self, *, map: Sequence[str] = ()) -> "MountedMemory":  # noqa: A002
+        """Open its memory as it is now, and as a guest that runs on it changes it.
+
+        ``map`` tells where RAM blocks are in physical memory, as the mount option does; otherwise views/map does.
+        """
+        from ckptfs.api.memory import MountedMemory  # numpy, for those who look into memory
+
+        memory = MountedMemory(os.fspath(self.path), map)
+        self._open.append(memory)
+        return memory
+
     def close(self) -> None:
-        """End all iterators of events; the mount stays."""
-        for events in self._readers:
-            events.close()
+        """End all iterators of events, and close what `memory` has opened; the mount stays."""
+        while self._open:
+            self._open.pop().close()
 
     def __repr__(self) -> str:
         return f"<Mount at {self.path}>"

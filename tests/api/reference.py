@@ -30,6 +30,7 @@ PUBLIC = (
     ("DeviceState", "physical/devices.py", "DeviceState"),
     ("ckptfs.mounted", "api/mount.py", "mounted"),
     ("ckptfs.Mount", "api/mount.py", "Mount"),
+    ("MountedMemory", "api/memory.py", "MountedMemory"),
     ("Events", "api/mount.py", "Events"),
 )
 

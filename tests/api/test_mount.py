@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import ckptfs
-from ckptfs.errors import StateError
+from ckptfs.errors import CheckpointError, StateError
 from tests.mount.harness import is_mounted
 
 
@@ -28,6 +28,25 @@ def test_a_new_guest_is_saved_and_comes_back(tmp_path: Path) -> None:
         assert mount.path == tmp_path
         assert (mount.path / "ram/heap").read_bytes()[4096:4101] == b"hello"
     assert not is_mounted(tmp_path)
+
+
+def test_memory_as_it_is_and_changes(tmp_path: Path) -> None:
+    with ckptfs.mounted("none", ram="heap:1M") as mount:
+        heap = mount.memory().blocks["heap"]
+        array = heap[4096:8192]
+        assert not array.any()
+        with (mount.path / "ram/heap").open("r+b") as file:
+            file.seek(4096)
+            file.write(b"hello")
+        assert array[:6].tobytes() == b"hello\0" == heap.read(4096, 6)
+        del array, heap  # they are users of the mount
+        memory = mount.memory(map=["heap@1G"])
+        assert memory.physical.read((1 << 30) + 4096, 5) == b"hello"
+        assert memory.states()["heap"][:3].tolist() == [0, 3, 0]
+        with pytest.raises(StateError, match="has no views/vmcoreinfo, and its status says why"):
+            memory.vmcoreinfo()
+        with pytest.raises(CheckpointError, match="has no views/map"):
+            print(mount.memory().physical)
 
 
 def test_words_of_failures(tmp_path: Path) -> None:

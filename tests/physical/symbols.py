@@ -5,15 +5,32 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import trio
+
 from tests.examples.conftest import EXAMPLES, ROOT, Run, run
+from tests.live.machines import Machine
 from tests.mount.conftest import Mount
 from tests.mount.harness import BIN
 from tests.physical.conftest import SavedGuests
-from tests.qemu.guest import CACHE
+from tests.qemu.guest import CACHE, Guest
 
 __all__ = ["run"]
 
 SYMBOLS = CACHE / "vmlinux"
+
+CLOCK = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from tasks import program
+
+prog = program(sys.argv[2])
+prog.load_debug_info([sys.argv[3]])
+before = prog["jiffies"].value_()
+while prog["jiffies"].value_() == before:
+    pass
+"""
+"""Ends when the guest's clock has gone on, as drgn sees it."""
 
 
 def output(*command: str | Path, said: str = "") -> str:
@@ -32,6 +49,25 @@ def test_drgn_lists_tasks_and_reads_few_pages(saved: SavedGuests, mount: Mount) 
     assert status["read-pages"] < status["page-count"] // 100
     without_a_mount = output(sys.executable, EXAMPLES / "tasks.py", saved.told().path, SYMBOLS)
     assert re.findall(r"^\d+ .*", without_a_mount, re.MULTILINE) == re.findall(r"^\d+ .*", printed, re.MULTILINE)
+
+
+async def test_drgn_sees_a_guest_that_runs(guest_files: Guest, mount: Mount, tmp_path: Path) -> None:
+    mounted = mount(tmp_path / "ckpt", "ram=pc.ram:128M")
+    machine = Machine("told", devices=("-device", "vmcoreinfo"))
+    async with machine.on(mounted.ram, guest_files, append="vmcoreinfo=1") as vm:
+        await vm.tick()
+        await trio.to_thread.run_sync(mounted.ctl, f"qmp {vm.qmp_path}")
+        await trio.to_thread.run_sync(mounted.ctl, "save")
+        await vm.tick()
+        with pytest.raises(PermissionError):
+            (mounted.path / "views" / "vmcore").open("rb")
+        await trio.to_thread.run_sync(output, sys.executable, "-c", CLOCK, EXAMPLES, mounted.path, SYMBOLS)
+        await vm.stop()  # a list that changes while it is read may be torn
+        printed = await trio.to_thread.run_sync(
+            output, sys.executable, EXAMPLES / "tasks.py", mounted.path, SYMBOLS
+        )
+        assert re.search(r"^1 +init", printed, re.MULTILINE)
+        assert re.search(r"^2 +kthreadd", printed, re.MULTILINE)
 
 
 def test_crash_reads_the_log(saved: SavedGuests, mount: Mount) -> None:
@@ -58,7 +94,7 @@ def test_the_howto_with_symbols(run: Run, tmp_path: Path) -> None:
     (tmp_path / "work" / "tasks.py").symlink_to(EXAMPLES / "tasks.py")
     printed = run("exec 2>errors\n" + script)
     assert printed.count('"swapper/0') == 1
-    assert len(re.findall(r"^1 +init", printed, re.MULTILINE)) == 2
+    assert len(re.findall(r"^1 +init", printed, re.MULTILINE)) == 3
 
 
 def test_volatility_finds_the_kernel(saved: SavedGuests, mount: Mount) -> None:
