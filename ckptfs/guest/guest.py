@@ -11,7 +11,7 @@ import logging
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from typing import Final, Protocol
+from typing import Final
 
 import numpy as np
 import trio
@@ -25,13 +25,13 @@ from ckptfs.guest.layer import Layer, close_layers
 from ckptfs.guest.machine import Machines
 from ckptfs.guest.migration import Migrations
 from ckptfs.guest.outgoing import Epoch
+from ckptfs.guest.page_cache import NoPageCache, PageCache
 from ckptfs.guest.readers import Readers
 from ckptfs.guest.settings import Settings
 from ckptfs.mapped_ram.bitmap import Run
 from ckptfs.migration.outgoing import coalesce, page_windows
 from ckptfs.migration.status import MigrationStatus
 from ckptfs.namespace.status import counted
-from ckptfs.qemu.backends import RAMFile
 
 log = logging.getLogger(__name__)
 
@@ -42,50 +42,6 @@ MAX_BLOCK_LENGTH = 1 << 44
 """Largest RAM block in bytes (16 TiB): its bitmaps take half a gigabyte each."""
 
 _ZEROS = memoryview(bytes(2 << 20))
-
-
-class PageCache(Protocol):
-    """The kernel's cache of RAM, above the daemon."""
-
-    @property
-    def device(self) -> int:
-        """st_dev of the mount; -1 before there is one."""
-        ...
-
-    async def flush(self, idstrs: list[str]) -> None:
-        """Have every page that was dirtied through mmap written to the daemon."""
-
-    def settled(self, idstrs: list[str]) -> contextlib.AbstractAsyncContextManager[None]:
-        """Within this, the daemon holds the newest content of every page, and nothing can change it."""
-        ...
-
-    async def forget(self, idstrs: Iterable[str]) -> None:
-        """Have the kernel drop what it holds: the content has changed below it."""
-
-    def files(self, idstrs: Iterable[str]) -> list[RAMFile]:
-        """The files that the blocks are seen as."""
-        ...
-
-
-class NoPageCache:
-    """That of a guest that is not mounted: there is nothing above the daemon."""
-
-    device = -1
-
-    async def flush(self, idstrs: list[str]) -> None:
-        """Nothing is held back."""
-
-    @asynccontextmanager
-    async def settled(self, idstrs: list[str]) -> AsyncIterator[None]:
-        """RAM is at rest between two awaits."""
-        yield
-
-    async def forget(self, idstrs: Iterable[str]) -> None:
-        """Nothing is held."""
-
-    def files(self, idstrs: Iterable[str]) -> list[RAMFile]:
-        """There are none."""
-        return []
 
 
 class Guest:

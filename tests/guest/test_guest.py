@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from ckptfs.errors import StateError
-from ckptfs.guest.guest import Guest, NoPageCache
+from ckptfs.guest.guest import Guest
+from ckptfs.guest.page_cache import NoPageCache
 from ckptfs.guest.saving import save
 from tests.doubles.checkpoints import fill, open_base, ram_in, ram_of, save_request
 from tests.doubles.migration_file import Block, MigrationFile

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from ckptfs.guest.guest import Guest, NoPageCache
+from ckptfs.guest.guest import Guest
+from ckptfs.guest.page_cache import NoPageCache
 from ckptfs.guest.saving import save
 from tests.doubles.checkpoints import save_request
 from tests.doubles.steps import Steps
