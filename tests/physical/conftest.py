@@ -2,7 +2,8 @@
 
 import os
 import shutil
-from collections.abc import Awaitable, Callable, Iterator
+import struct
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,11 +21,46 @@ from tests.mount.conftest import _adopt_orphans, mount, public
 from tests.physical.elf import Elf, read_elf
 from tests.qemu.guest import Guest
 from tests.qemu.machine import DEADLINE, Qemu
+from tests.qemu.qmp import QmpError
 
 __all__ = ["_adopt_orphans", "mount", "public"]
 
 PROBES = (0xFFFFFFFF81000000, 0xFFFFFFFF82000000, 0xFFFF888000000000, 0xFFFF888004000000)
 """Virtual addresses of a Linux kernel without KASLR: its text and data, and the direct map."""
+
+
+def numa(*sizes: str) -> tuple[str, ...]:
+    """QEMU's arguments for nodes of these sizes: m0, m1 ..."""
+    nodes = [
+        ("-object", f"memory-backend-ram,id=m{node},size={size}", "-numa", f"node,memdev=m{node}")
+        for node, size in enumerate(sizes)
+    ]
+    return tuple(word for node in nodes for word in node)
+
+
+MiB = 1 << 20
+GiB = 1 << 30
+
+
+@dataclass(frozen=True)
+class Large:
+    """A guest of 5 GiB whose memory goes up to address `hole`, and on at 4 GiB."""
+
+    arguments: tuple[str, ...]
+    append: str
+    hole: int
+
+    @property
+    def samples(self) -> list[tuple[int, int]]:
+        """Physical memory that is compared, begin and length: at the ends of all regions, and where nodes meet."""
+        stop = 9 * GiB - self.hole
+        return [(0, 16 * MiB), *((at - 16 * MiB, 32 * MiB) for at in {2 * GiB, self.hole, 4 * GiB, stop})]
+
+
+LARGE = {
+    "pc": Large(numa("2G", "3G"), "", 3 * GiB),
+    "q35": Large(("-device", "vmcoreinfo"), "vmcoreinfo=1", 2 * GiB),
+}
 
 
 @dataclass(frozen=True)
@@ -39,6 +75,8 @@ class Saved:
     mtree: str
     physical: dict[int, int | None]
     """What QEMU translates `PROBES` to."""
+    samples: tuple[Elf, ...] = ()
+    """Of a large Linux: dumps of some of its memory; in `dump` there is no more than headers and notes."""
 
     def memory(self, *main: str) -> MemoryMap:
         """Where ckptfs says that RAM is."""
@@ -69,6 +107,7 @@ class SavedGuests:
         self._resources = resources
         self._linux: Saved | None = None
         self._told: Saved | None = None
+        self._large: dict[str, Saved] = {}
 
     def linux(self) -> Saved:
         """A Linux with two vCPUs, without KASLR."""
@@ -80,22 +119,33 @@ class SavedGuests:
     def told(self) -> Saved:
         """A Linux with KASLR that has told QEMU of its VMCOREINFO, on a q35 of two NUMA nodes."""
         if self._told is None:
-            nodes = [
-                word
-                for node, size in (("m0", "128M"), ("m1", "64M"))
-                for word in ("-object", f"memory-backend-ram,id={node},size={size}", "-numa", f"node,memdev={node}")
-            ]
-            arguments = ("-smp", "2", "-device", "vmcoreinfo", *nodes)
+            arguments = ("-smp", "2", "-device", "vmcoreinfo", *numa("128M", "64M"))
             vm = Qemu(self._guest, *arguments, machine="q35", memory="192M", append="vmcoreinfo=1")
             self._told = self._save("told", vm, Qemu.tick, dump=True)
         return self._told
+
+    def large(self, machine: str) -> Saved:
+        """A Linux with memory above 4 GiB: a pc of two NUMA nodes, or a q35 that has told of its VMCOREINFO."""
+        if machine not in self._large:
+            one = LARGE[machine]
+            vm = Qemu(self._guest, "-smp", "2", *one.arguments, machine=machine, memory="5G", append=one.append)
+            self._large[machine] = self._save(f"large-{machine}", vm, Qemu.tick, dump=True, samples=one.samples)
+        return self._large[machine]
 
     def firmware(self, name: str, machine: str, memory: str, *arguments: str) -> Saved:
         """A machine whose firmware has come to its end."""
         vm = Qemu(self._guest, *arguments, machine=machine, memory=memory, append="panic=0")
         return self._save(name, vm, _firmware_has_run, dump=False)
 
-    def _save(self, name: str, vm: Qemu, ready: Callable[[Qemu], Awaitable[object]], *, dump: bool) -> Saved:
+    def _save(
+        self,
+        name: str,
+        vm: Qemu,
+        ready: Callable[[Qemu], Awaitable[object]],
+        *,
+        dump: bool,
+        samples: Sequence[tuple[int, int]] = (),
+    ) -> Saved:
         directory = self._directory / name
         directory.mkdir()
 
@@ -104,8 +154,15 @@ class SavedGuests:
                 await ready(vm)
                 await vm.stop()
                 await vm.migrate_to(directory / "migfile")
-                if dump:
+                if samples:
+                    await _dump_head(vm, directory / "dump")
+                elif dump:
                     await vm.qmp("dump-guest-memory", paging=False, protocol=f"file:{directory / 'dump'}")
+                for begin, length in samples:
+                    path = directory / f"{begin:x}"
+                    await vm.qmp(
+                        "dump-guest-memory", paging=False, protocol=f"file:{path}", begin=begin, length=length
+                    )
                 physical = {virtual: _address(await vm.hmp(f"gva2gpa {virtual:#x}")) for virtual in PROBES}
                 return await vm.hmp("info mtree -f"), physical
 
@@ -115,7 +172,8 @@ class SavedGuests:
         self._resources.callback(os.close, fd)
         source = FileSource(fd)
         elf = read_elf(directory / "dump") if dump else None
-        return Saved(directory / "migfile", read_checkpoint(source)[0], source, elf, mtree, physical)
+        parts = tuple(read_elf(directory / f"{begin:x}") for begin, _ in samples)
+        return Saved(directory / "migfile", read_checkpoint(source)[0], source, elf, mtree, physical, parts)
 
 
 async def _firmware_has_run(vm: Qemu) -> None:
@@ -123,6 +181,24 @@ async def _firmware_has_run(vm: Qemu) -> None:
     with trio.fail_after(DEADLINE):
         while "00000000000f0000-00000000000fffff (prio 0, rom)" not in await vm.hmp("info mtree -f"):
             await trio.lowlevel.checkpoint()
+
+
+async def _dump_head(vm: Qemu, path: Path) -> None:
+    """Have QEMU write all headers and notes of a dump, and stop it when the memory comes."""
+    fifo = path.with_suffix(".fifo")
+    os.mkfifo(fifo)
+
+    def take() -> None:
+        with fifo.open("rb") as pipe:
+            head = pipe.read(1 << 16)
+        offset, (size, count) = struct.unpack_from("<Q", head, 32)[0], struct.unpack_from("<HH", head, 54)
+        headers = [struct.unpack_from("<IIQ", head, offset + size * index) for index in range(count)]
+        path.write_bytes(head[: min(start for kind, _, start in headers if kind == 1)])
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(trio.to_thread.run_sync, take)
+        with pytest.raises(QmpError, match="Broken pipe"):
+            await vm.qmp("dump-guest-memory", paging=False, protocol=f"file:{fifo}")
 
 
 def _address(answer: str) -> int | None:

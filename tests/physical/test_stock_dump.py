@@ -3,6 +3,7 @@
 import re
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from ckptfs.physical.acpi import BLOCK, in_node_order, node_sizes
@@ -10,13 +11,9 @@ from ckptfs.physical.elf_core import EM_X86_64, build, machine_notes, physical_r
 from ckptfs.physical.memory_map import MemoryMap
 from ckptfs.physical.page_tables import TABLE_LENGTH, kernel_ranges
 from tests.mount.decode import decode
-from tests.physical.conftest import Saved, SavedGuests
+from tests.physical.conftest import SavedGuests, numa
 from tests.physical.elf import parse_notes, read_elf
 
-NUMA = (
-    "-object", "memory-backend-ram,id=m0,size=4G", "-numa", "node,memdev=m0",
-    "-object", "memory-backend-ram,id=m1,size=2G", "-numa", "node,memdev=m1",
-)  # fmt: skip
 MACHINES = {
     "pc": ("pc", "64M"),
     "pc-5G": ("pc", "5G"),
@@ -48,8 +45,7 @@ def as_view(memory: MemoryMap) -> list[tuple[int, int, str, int]]:
     return [(x.start, x.stop, x.idstr, x.block_offset) for x in memory.regions]
 
 
-def read_physical(saved: Saved, memory: MemoryMap, address: int, length: int) -> bytes:
-    blocks = decode(saved.path).blocks
+def read_physical(blocks: dict[str, npt.NDArray[np.uint8]], memory: MemoryMap, address: int, length: int) -> bytes:
     parts = []
     for piece, region in memory.pieces(address, length):
         assert region is not None
@@ -66,10 +62,7 @@ def test_the_map_of_a_pc_is_that_of_qemu(saved: SavedGuests, name: str) -> None:
 
 
 def test_two_nodes_one_behind_the_other(saved: SavedGuests) -> None:
-    numa = [
-        word.format(size) for word, size in zip(NUMA, [None, "4G", None, None, None, "2G", None, None], strict=True)
-    ]
-    one = saved.firmware("numa", "q35", "6G", *numa)
+    one = saved.firmware("numa", "q35", "6G", *numa("4G", "2G"))
     expected = [entry for entry in flat_view(one.mtree) if entry[2] in ("m0", "m1", "pc.bios")]
     assert as_view(one.memory("m0", "m1")) == expected
     lengths = {block.idstr: block.used_length for block in one.checkpoint.blocks if block.idstr in ("m0", "m1")}
@@ -109,14 +102,14 @@ def test_the_core_has_all_memory_at_its_place(saved: SavedGuests) -> None:
 
 def test_the_kernels_addresses(saved: SavedGuests) -> None:
     linux = saved.linux()
-    memory = linux.memory("pc.ram")
+    memory, blocks = linux.memory("pc.ram"), decode(linux.path).blocks
     walk = kernel_ranges(linux.registers()[0], memory)
     tables = 0
     try:
         address = next(walk)
         while True:
             tables += 1
-            address = walk.send(read_physical(linux, memory, address, TABLE_LENGTH))
+            address = walk.send(read_physical(blocks, memory, address, TABLE_LENGTH))
     except StopIteration as end:
         ranges = end.value
     assert 50 < tables < 400

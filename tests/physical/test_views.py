@@ -39,6 +39,25 @@ def test_the_core_is_qemus(saved: SavedGuests, linux: Mounted) -> None:
     assert_same_memory(core, dump)
 
 
+@pytest.mark.parametrize(("machine", "notes"), [("pc", 4), ("q35", 5)])
+def test_the_core_is_qemus_above_4_gib(saved: SavedGuests, mount: Mount, machine: str, notes: int) -> None:
+    """Of a pc with two NUMA nodes, and a q35 that tells of its VMCOREINFO; memory is compared in samples."""
+    large = saved.large(machine)
+    assert large.dump is not None
+    core = read_elf(mount(large.path).path / "views" / "vmcore")
+    assert len(core.notes) == notes
+    assert core.notes == large.dump.notes
+    assert places(core) == places(large.dump)
+    assert len(large.samples) > 3
+    for sample in large.samples:
+        assert_same_memory(core, sample)
+
+
+def places(elf: Elf) -> list[tuple[int, int, int]]:
+    """Address, length and virtual address of all memory in it."""
+    return [(load.physical, load.length, load.virtual) for load in elf.loads]
+
+
 def test_readelf_has_nothing_to_say(linux: Mounted) -> None:
     for name in ("vmcore", "kcore"):
         done = subprocess.run(
