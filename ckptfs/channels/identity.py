@@ -61,11 +61,11 @@ class Identity:
             _libc.setfsgid(os.getegid())
             _set_thread_groups(tuple(own_groups))
 
-    def refuse_stranger(self, name: str) -> None:
+    def refuse_stranger(self, name: str, what: str = "use the keys of its store") -> None:
         """Raise StorageError (EACCES) for anybody but the daemon's own user: a store knows only that one's keys."""
         if self.uid != os.geteuid():
             raise StorageError(
-                f"{name}: only user {os.geteuid()}, whose mount this is, may use the keys of its store",
+                f"{name}: only user {os.geteuid()}, whose mount this is, may {what}",
                 errno.EACCES,
             )
 

@@ -179,7 +179,7 @@ class PathTarget:
         if self._name in ("", ".", ".."):
             raise CommandError(f"{path}: is a directory, not a file to save to", errno.EISDIR)
         with identity.assumed():
-            self._directory = _open_directory(parent or "/", forbidden_device)
+            self._directory = open_directory(parent or "/", forbidden_device)
         try:
             former = self._open_former()
             if former is not None:
@@ -461,7 +461,7 @@ def _temporaries(directory: int, name: str) -> list[str]:
     ]
 
 
-def _open_directory(path: str, forbidden_device: int) -> int:
+def open_directory(path: str, forbidden_device: int) -> int:
     """Open a directory for the whole save; refuse one below the daemon's own mount point.
 
     O_PATH first: it asks nothing of the file system behind the path, which may be our own mount.

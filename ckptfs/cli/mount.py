@@ -18,6 +18,8 @@ import trio
 from ckptfs import __version__
 from ckptfs.channels.descriptors import Descriptors, describe_address
 from ckptfs.channels.identity import Identity
+from ckptfs.channels.lease.keeping import Lease
+from ckptfs.channels.lease.places import lock_place
 from ckptfs.channels.stores.object_file import find_object
 from ckptfs.channels.target import wait_for_saves
 from ckptfs.channels.version import NOTHING
@@ -142,14 +144,19 @@ def _serve(
         journal = Log(options)
         if not is_io_flusher:
             log.info("no I/O flusher without CAP_SYS_RESOURCE: no memory cgroup should hold this daemon and a VM")
-        guest = open_guest(spec, options)
+        lease, guest = _lease_and_guest(spec, options, starter)
     except (CkptfsError, OSError) as error:
         starter.failed(EXIT_MOUNT, describe(error))
     if fake:
+        trio.run(lease.release)
         return 0
 
     async def run() -> None:
-        await Mount(guest, directory, source, options, spec, owner, journal).serve(starter)
+        try:
+            await Mount(guest, directory, source, options, spec, owner, journal, lease).serve(starter)
+        finally:
+            with trio.CancelScope(shield=True):
+                await lease.release()
 
     try:
         trio.run(run)
@@ -159,6 +166,19 @@ def _serve(
         log.exception("%s: the daemon ends", directory)
         starter.failed(EXIT_SYSTEM, f"{directory}: {error}")
     return 0
+
+
+def _lease_and_guest(spec: SeekableAddress | None, options: MountOptions, starter: Starter) -> tuple[Lease, Guest]:
+    """The lease comes first, if one is wanted: who has it has mounted what the former holder saved last."""
+    lease = Lease(lambda device: lock_place(spec, options.store, device))
+    if not options.exclusive:
+        return lease, open_guest(spec, options)
+    trio.run(lease.take, starter.remark)
+    try:
+        return lease, open_guest(spec, options)
+    except BaseException:
+        trio.run(lease.release)
+        raise
 
 
 def _wait_for_saves(spec: SeekableAddress | None) -> None:

@@ -201,6 +201,8 @@ def _troubles(status: Status) -> list[tuple[str, str]]:
         )
     if status["shared-use"] is not None:
         troubles.append(("warning", status["shared-use"]))
+    if (status["lease"] or "held") != "held":
+        troubles.append(("error", f"the lease is {status['lease']}"))
     if status["writers"] == "stopped":
         troubles.append(("stopped", "writers of ram/ wait for `cont`"))
     return troubles

@@ -18,6 +18,7 @@ import trio
 from ckptfs.channels.descriptors import describe_address
 from ckptfs.channels.identity import Identity
 from ckptfs.channels.lane import Lane
+from ckptfs.channels.lease.keeping import Lease
 from ckptfs.channels.version import NOTHING, KnownFile
 from ckptfs.channels.working_set import SUFFIX
 from ckptfs.errors import CkptfsError, CommandError, StateError
@@ -62,6 +63,7 @@ class Control:
         page_cache: KernelPageCache,
         changes: Changes,
         sharing: Sharing,
+        lease: Lease,
         views: ViewFiles | None,
         journal: Log,
         start_soon: Callable[[Callable[[], Awaitable[None]]], None],
@@ -76,6 +78,7 @@ class Control:
         self._page_cache = page_cache
         self._changes = changes
         self._sharing = sharing
+        self._lease = lease
         self._views = views
         self.start_soon = start_soon
         self._prefetches: set[trio.CancelScope] = set()
@@ -139,8 +142,11 @@ class Control:
         if target is None:
             raise CommandError("there is no file behind this mount (none): say where to save, as in `save /PATH`")
         address = _absolute(target, identity)
-        known = self._known if _same_path(address, self._spec) else None
-        return SaveRequest(address, identity, command.ram_only, known, command.force, command.libvirt)
+        if not _same_path(address, self._spec):
+            return SaveRequest(address, identity, command.ram_only, None, command.force, command.libvirt)
+        permit = self._lease.refuse_lost
+        permit()
+        return SaveRequest(address, identity, command.ram_only, self._known, command.force, command.libvirt, permit)
 
     def _go_on(self, what: str, work: Callable[[], Awaitable[str]], begun: trio.Event | None = None) -> None:
         """Run something that nobody waits for; its outcome is in status and in the log, whatever becomes of it."""
@@ -201,6 +207,11 @@ class Control:
         pages = {idstr: block.received.copy() for idstr, block in self._guest.blocks.items() if block.stack.base}
         length = await Lane().ask(partial(base.record, pages, identity), deadline=base.deadline)
         return f"ok {length >> 20} MiB are read first with prefetch=recorded: {base.path}{SUFFIX}"
+
+    async def _lock_steal(self, command: ctl.LockSteal, identity: Identity) -> str:
+        answer = await self._lease.steal(identity, self._page_cache.device)
+        self.start_soon(self._lease.keep)
+        return f"ok {answer}"
 
     def start_warming(self) -> None:
         """Begin to warm what was recorded of the checkpoint (mount option prefetch=recorded)."""
@@ -350,7 +361,9 @@ class Control:
         outcome = self.last.line.decode(errors="replace").strip() or None
         status = describe_mount(self._guest, self._origin, self.last_command, outcome, self._sharing.problem)
         users = self._ram_files.users
-        status = replace(status, last_save=self._last_save, log=self._log.state, users=users)
+        status = replace(
+            status, last_save=self._last_save, log=self._log.state, users=users, lease=self._lease.state
+        )
         if self._views is None:
             return status
         return replace(status, views=tuple(self._views.names), missing_views=self._views.missing)
@@ -404,6 +417,7 @@ _METHODS: dict[type, Callable[[Control, Any, Identity], Awaitable[str]]] = {
     ctl.Restore: Control._restore,
     ctl.Prefetch: Control._prefetch,
     ctl.Record: Control._record,
+    ctl.LockSteal: Control._lock_steal,
     ctl.Reset: Control._reset,
     ctl.SetCapability: Control._set_capability,
     ctl.SetParameter: Control._set_parameter,

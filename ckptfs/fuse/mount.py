@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import pyfuse3
 import trio
 
+from ckptfs.channels.lease.keeping import Lease
 from ckptfs.fuse import connection
 from ckptfs.fuse.control import Control
 from ckptfs.fuse.daemon import Starter, end_by_force_after
@@ -58,6 +59,7 @@ class Mount:
         spec: SeekableAddress | None,
         owner: tuple[int, int],
         journal: Log,
+        lease: Lease,
     ) -> None:
         """``owner`` is uid and gid of all files."""
         self._guest = guest
@@ -65,6 +67,7 @@ class Mount:
         self._source = source
         self._options = options
         self._log = journal
+        self._lease = lease
         self._changes = Changes()
         self._events = EventLog()
         self._nursery: trio.Nursery
@@ -83,6 +86,7 @@ class Mount:
             page_cache,
             self._changes,
             sharing,
+            lease,
             self._views,
             journal,
             self._start_soon,
@@ -100,6 +104,7 @@ class Mount:
         )
         self._operations = Operations(nodes, opening)
         guest.migrations.watch(self._on_status)
+        lease.watch(self._changes.note)
         guest.mounted(page_cache)
 
     async def serve(self, starter: Starter) -> None:
@@ -117,6 +122,7 @@ class Mount:
                 self._nursery = nursery
                 nursery.start_soon(self._heed_signals, signals, nursery)
                 nursery.start_soon(self._set_up, starter)
+                nursery.start_soon(self._lease.keep)
                 with trio.CancelScope() as handlers:
                     nursery.start_soon(self._end_handlers, handlers)
                     await pyfuse3.main(MIN_TASKS, MAX_TASKS)

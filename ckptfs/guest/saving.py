@@ -7,7 +7,7 @@ file is published, and what was written since goes on top of it.
 import contextlib
 import errno
 import logging
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import partial, reduce
 from typing import TYPE_CHECKING
@@ -58,7 +58,7 @@ class SaveRequest:
 
     ``known`` is what has to be there now, and is told what is there afterwards; None for a place that nothing is
     known of. ``force``: whatever is there may be another version. ``libvirt``: as a save image of libvirt, as
-    is whatever replaces one.
+    is whatever replaces one. ``permit`` is called before the file gets its name, and may raise.
     """
 
     address: SeekableAddress
@@ -67,6 +67,7 @@ class SaveRequest:
     known: KnownFile | None = None
     force: bool = False
     libvirt: bool = False
+    permit: Callable[[], None] = lambda: None
 
     @property
     def expected(self) -> Version | None:
@@ -139,7 +140,7 @@ async def _save_to(guest: Guest, lane: Lane, target: Target, request: SaveReques
         guest.note_direct_io(target.path, written.direct_io)
         migration.advance(MigrationStatus.DEVICE)
         # no await in between: what has its name is the base, whoever cancels
-        base = await lane.ask(partial(_publish, guest, lane, target, written, request.stream_offset))
+        base = await lane.ask(partial(_publish, guest, lane, target, written, request))
         with trio.CancelScope(shield=True):
             if base is not None:
                 await guest.rebase(epoch, fresh, base)
@@ -407,25 +408,30 @@ def _ignored(guest: Guest, epoch: Epoch) -> set[str]:
     return set(guest.base.shared)
 
 
-def _publish(guest: Guest, lane: Lane, target: Target, written: Written, stream_offset: int) -> Base | None:
+def _publish(guest: Guest, lane: Lane, target: Target, written: Written, request: SaveRequest) -> Base | None:
     """Publish what was written, once it has been read back: it becomes the base, so it had better be whole.
 
     Until the target commits to it, it can be cancelled.
 
     None if it can't be read (a descriptor for writing alone was handed in): the base stays what it was.
     """
+
+    def commit() -> None:
+        request.permit()
+        lane.commit()
+
     target.seal(*written.header)
     file = target.reader()
     if file is None:
-        target.publish(lane.commit, lane.go_on)
+        target.publish(commit, lane.go_on)
         return None
     try:
-        base = Base(target.path, file, stream_offset, guest.settings.base_options())
+        base = Base(target.path, file, request.stream_offset, guest.settings.base_options())
     except BaseException:
         file.close()
         raise
     try:
-        target.publish(lane.commit, lane.go_on)
+        target.publish(commit, lane.go_on)
     except BaseException:
         base.close()
         raise

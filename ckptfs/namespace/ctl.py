@@ -81,6 +81,11 @@ class Record:
 
 
 @dataclass(frozen=True)
+class LockSteal:
+    """Take the lease, whoever has it."""
+
+
+@dataclass(frozen=True)
 class Reset:
     """Drop every written page."""
 
@@ -164,6 +169,7 @@ Command = (
     | Restore
     | Prefetch
     | Record
+    | LockSteal
     | Reset
     | SetCapability
     | SetParameter
@@ -350,6 +356,12 @@ def _parse_migrate_continue(rest: str) -> Command:
     return MigrateContinue()
 
 
+def _parse_lock(rest: str) -> Command:
+    if rest != "steal":
+        raise _UsageError
+    return LockSteal()
+
+
 def _parse_prefetch(rest: str) -> Command:
     match _words(rest):
         case []:
@@ -468,6 +480,13 @@ GRAMMAR = (
         "Drop all written pages: RAM is the checkpoint again. Refused (EBUSY) while a program has a `ram/` file"
         " open for writing.",
         _alone(Reset()),
+    ),
+    Grammar(
+        ("lock",),
+        "steal",
+        "Take the lease of the mounted checkpoint (`-o exclusive`), whoever has it: for those who know that its"
+        " holder does not run any more. It is kept from then on.",
+        _parse_lock,
     ),
     Grammar(
         ("migrate_set_capability",),

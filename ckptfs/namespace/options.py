@@ -51,6 +51,8 @@ class MountOptions:
     """Inherited descriptors by the id of their set."""
     fd: dict[str, int] = field(default_factory=dict)
     """Inherited descriptors by the NAME of ``fd:NAME``."""
+    exclusive: bool = False
+    """Whether nobody else may mount SPEC so while this mount is there."""
     store: StoreOptions = field(default_factory=StoreOptions)
     """How an object is reached and kept."""
     allow_other: bool = False
@@ -325,6 +327,13 @@ OPTIONS = (
     ),
     Option("ro", "", "Read-only: nobody can write RAM or save it.", _switch("read_only")),
     Option("rw", "", "Undo ro.", _switch("read_only", False)),
+    Option(
+        "exclusive",
+        "",
+        "Take a lease on SPEC, in SPEC.lock beside it: another mount with exclusive is refused, on whatever host. A"
+        " host that dies loses it after 30 s. A mount that loses it does not save to SPEC any more.",
+        _switch("exclusive"),
+    ),
     Option(
         "qmp",
         "SOCKET|libvirt:NAME",

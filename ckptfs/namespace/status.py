@@ -105,6 +105,8 @@ class Status:
     last_command: str | None
     last_outcome: str | None
     last_save: LastSave | None = None
+    lease: str | None = None
+    """``held``, or ``lost: `` and why; None if none was wanted."""
     users: tuple[str, ...] = ()
     """Who has RAM open or mapped: ``qemu-system-x86 (1234, rw)`` each."""
     log: str = "none"
@@ -217,6 +219,12 @@ KEYS = (
         "",
         "A warning: two machines write to the same RAM. `none` is as it should be.",
         lambda status: status.shared_use,
+    ),
+    Key(
+        "lease",
+        "",
+        "Of a mount with `exclusive`: `held`, or `lost` and why: it does not save to SPEC then.",
+        lambda status: status.lease,
     ),
     Key("block-count", "", "How many RAM blocks there are.", lambda status: len(status.blocks)),
     Key("page-count", "pages", "All pages of all blocks: the sum of the next four.", _pages("page_count")),

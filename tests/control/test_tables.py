@@ -337,7 +337,7 @@ def test_query_migrate_counts_what_remains(mount: Mount, tmp_path: Path) -> None
 
 STATUS_KEYS = [
     "version", "pid", "spec", "state", "base", "base-offset", "base-machine", "base-run-state", "vmstate",
-    "direct-io", "writers", "qmp", "guest", "capture", "users", "shared-use", "block-count",
+    "direct-io", "writers", "qmp", "guest", "capture", "users", "shared-use", "lease", "block-count",
     "page-count", "zero-pages", "checkpoint-pages", "read-pages",
     "written-pages", "restored", "overlay-bytes", "set-aside-pages", "waiting-readers", "storage", "views",
     "views-missing", "time-to-first-byte", "time-to-full", "verify", "bad-page-count", "last-command",

@@ -4,6 +4,7 @@ import errno
 import gc
 import os
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from random import Random
@@ -11,7 +12,7 @@ from random import Random
 import pytest
 import trio
 
-from ckptfs.errors import StorageError
+from ckptfs.errors import StateError, StorageError
 from ckptfs.guest import saving
 from ckptfs.guest.block import PageStack, PageState
 from ckptfs.guest.guest import Guest
@@ -264,3 +265,19 @@ async def test_a_place_that_is_refused_costs_nothing(directory: Path, make_world
         await wait_until_so_many_are_open(before)
         assert world.layers() == 1
     await world.save()
+
+
+async def test_what_is_not_permitted_at_the_end_is_not_published(tmp_path: Path) -> None:
+    """As when a lease is lost while the save runs."""
+    guest = await fresh(tmp_path)
+    await save(guest, save_request(tmp_path / "checkpoint"))
+    former = (tmp_path / "checkpoint").read_bytes()
+    await guest.write(guest.blocks["pc.ram"], 0, b"A" * PAGE)
+
+    def refuse() -> None:
+        raise StateError("the lease is lost")
+
+    with pytest.raises(StateError, match="the lease is lost"):
+        await save(guest, replace(save_request(tmp_path / "checkpoint"), permit=refuse))
+    assert (tmp_path / "checkpoint").read_bytes() == former
+    assert os.listdir(tmp_path) == ["checkpoint"]

@@ -57,6 +57,7 @@ def changes(text: str) -> dict[str, Any]:
         ("shared=0000:00:02.0/vga.vram:/x", {"shared": {"0000:00:02.0/vga.vram": "/x"}}),
         ("fdset=1:5:6,fdset=2:7", {"fdset": {1: [5, 6], 2: [7]}}),
         ("fd=mig:5", {"fd": {"mig": 5}}),
+        ("exclusive", {"exclusive": True}),
         ("qmp=/a,qmp=/b", {"qmp": QMPSocket("/b")}),
         (
             "qmp=libvirt:vm1,libvirt_uri=qemu:///session",

@@ -81,6 +81,7 @@ guest none
 capture none
 users qemu-system-x86 (1234, rw), dd (5, r)
 shared-use none
+lease none
 block-count 2
 page-count 15
 zero-pages 6
