@@ -3,7 +3,8 @@
 It is the system's libvirtd program in a mount namespace of its own, in which /etc/libvirt, /run/libvirt and the
 other folders that are compiled into it are ours: nothing of the machine is read or changed, and several run side by
 side. Its PATH holds one QEMU and a few programs that compress, as it asks every QEMU that it finds what it can do.
-There is no KVM in it, which libvirt would ask each time whether QEMU's user may use it.
+There is no KVM in its /dev, which libvirt would ask each time whether QEMU's user may use it; from that /dev it
+makes one for each machine.
 
 What is mounted below `directory` by anybody is seen inside, as that is a shared mount.
 """
@@ -31,7 +32,18 @@ PROGRAMS = ("qemu-system-x86_64", "gzip", "bzip2", "xz", "zstd", "mount", "sh", 
 _OWN = {"etc": "/etc/libvirt", "run": "/run/libvirt", "lib": "/var/lib/libvirt"}
 _OWN |= {"cache": "/var/cache/libvirt", "log": "/var/log/libvirt"}
 HOOK = Path(__file__).parents[2] / "mount-helpers" / "libvirt-qemu-hook"
-_KVM = "/dev/kvm"
+_DEV = """\
+cd /dev
+umount --recursive --lazy /dev
+mount -t tmpfs -o mode=755 dev /dev
+for node in null zero full random urandom tty fuse userfaultfd; do
+    test ! -e $node || cp --archive $node /dev
+done
+mkdir /dev/pts /dev/shm
+mount -t devpts -o newinstance,ptmxmode=0666 devpts /dev/pts
+mount -t tmpfs -o mode=1777 shm /dev/shm
+ln -s pts/ptmx /dev/ptmx
+"""
 _KEEPER = """\
 import ctypes, os, subprocess, sys
 ctypes.CDLL(None).prctl(36, 1)
@@ -47,7 +59,6 @@ except ChildProcessError:
 _QEMU_CONF = """\
 security_driver = "none"
 cgroup_controllers = [ ]
-namespaces = [ ]
 stdio_handler = "file"
 memory_backing_dir = "{memory}"
 """
@@ -69,12 +80,12 @@ class Libvirtd:
         self._state = self.directory / "state"
         for name in _OWN:
             (self._state / name).mkdir(parents=True)
-        self.hooks = self._state / "etc" / "hooks"
+        self.hooks = self._state / "etc" / "hooks" / "qemu.d"
         self.memory = self._state / "memory"
         self.managed = self._state / "lib" / "qemu" / "save"
         """Where managed saves are."""
-        self.hooks.mkdir()
-        shutil.copy(HOOK, self.hooks / "qemu")
+        self.hooks.mkdir(parents=True)
+        shutil.copy(HOOK, self.hooks / "ckptfs")
         self.memory.mkdir()
         self.configure("qemu", "")
         self.configure("libvirtd", _LIBVIRTD_CONF.format(log=self._state / "libvirtd.log"))
@@ -86,6 +97,8 @@ class Libvirtd:
                 (self._programs / program).symlink_to(path)
         self.uri = f"qemu+unix:///system?socket={self._state}/run/libvirt-sock"
         self._pidfd = -1
+        self.devices: Path
+        """The /dev that it sees, as long as it runs."""
         self._keepers: list[subprocess.Popen[bytes]] = []
 
     def configure(self, name: str, text: str) -> None:
@@ -99,12 +112,10 @@ class Libvirtd:
             f"mkdir -p {path}; mount --bind {self._state / name} {path}; " for name, path in _OWN.items()
         )
         pid_file = self._state / "pid"
-        if os.path.exists(_KVM):
-            binds += f"touch {self._state}/kvm; mount --bind {self._state}/kvm {_KVM}; "
         keeper = subprocess.Popen(
             [
                 *("sh", "-ec"),
-                f'{binds} export PATH={self._programs}; exec "$@"',
+                f'{binds} {_DEV} export PATH={self._programs}; exec "$@"',
                 *("sh", sys.executable, "-c", _KEEPER),
                 *(str(shutil.which("libvirtd")), "--daemon", "--pid-file", pid_file),
             ],
@@ -116,7 +127,9 @@ class Libvirtd:
         with keeper.stdout:
             assert keeper.stdout.readline() == b"0\n", self.log()
         self._keepers.append(keeper)
-        self._pidfd = os.pidfd_open(int(pid_file.read_text()))
+        pid = int(pid_file.read_text())
+        self._pidfd = os.pidfd_open(pid)
+        self.devices = Path(f"/proc/{pid}/root/dev")
         self.virsh("version")
 
     def stop(self) -> None:

@@ -1,7 +1,9 @@
 """A domain that knows nothing of us, saved live through libvirt's own monitor, which takes it for running."""
 
 import json
+import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,13 +29,15 @@ def save(vm: Domain, path: Path, *options: str) -> subprocess.CompletedProcess[s
     return subprocess.run([*command, *options, path], capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("capture", ["auto", "precopy"])
+@pytest.mark.parametrize("capture", ["snapshot", "precopy"])
 def test_saved_without_a_mount(vm: Domain, tmp_path: Path, capture: str, run_ckptfs: RunCkptfs) -> None:
+    """A snapshot if nobody says otherwise: libvirt gives QEMU a /dev/userfaultfd of its own."""
     path = tmp_path / "checkpoint"
     for _ in range(2):
-        done = save(vm, path, "--capture", capture)
+        done = save(vm, path, *(("--capture", "precopy") if capture == "precopy" else ()))
         assert done.returncode == 0, done
-        assert vm.state().startswith("running")
+        assert f"captured by {capture}" in done.stdout
+        assert vm.state() == "running (unpaused)"
         vm.goes_on()
         steps(decode(path).blocks["pc.ram"], vm.stepper.length)
     told = json.loads(run_ckptfs("info", "--json", path).stdout)
@@ -41,6 +45,37 @@ def test_saved_without_a_mount(vm: Domain, tmp_path: Path, capture: str, run_ckp
     assert told["trailer"]["machine"]["program"].endswith("qemu-system-x86_64")
     vm.libvirtd.virsh("save", "vm", tmp_path / "by-libvirt")
     vm.libvirtd.virsh("restore", tmp_path / "by-libvirt")
+    vm.goes_on()
+
+
+@pytest.fixture
+def without_namespaces(libvirtd: Libvirtd) -> Iterator[None]:
+    """Machines see the /dev of libvirtd."""
+    libvirtd.configure("qemu", "namespaces = [ ]")
+    libvirtd.restart()
+    yield
+    libvirtd.configure("qemu", "")
+    libvirtd.restart()
+
+
+@pytest.mark.usefixtures("without_namespaces")
+def test_userfaultfd_takes_a_device_that_qemu_may_open(domain: NewDomain, tmp_path: Path) -> None:
+    """As QEMU has no capability. A rule of udev can let its group in."""
+    if Path("/proc/sys/vm/unprivileged_userfaultfd").read_text() != "0\n":
+        pytest.skip("everybody may use userfaultfd(2) on this machine")
+    vm = domain("vm")
+    vm.start()
+    refused = save(vm, tmp_path / "checkpoint", "--capture", "snapshot")
+    assert (refused.returncode, refused.stderr.count("\n")) == (1, 1)
+    assert "not supported by host kernel (or it may not use userfaultfd(2)" in refused.stderr
+    assert vm.state() == "running (booted)"
+    assert "captured by precopy" in save(vm, tmp_path / "checkpoint").stdout
+    vm.libvirtd.virsh("destroy", "vm")  # QEMU looks once
+    device = vm.libvirtd.devices / "userfaultfd"
+    shutil.chown(device, group="kvm")
+    device.chmod(0o660)
+    vm.start()
+    assert "captured by snapshot" in save(vm, tmp_path / "checkpoint").stdout
     vm.goes_on()
 
 

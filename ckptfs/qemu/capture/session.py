@@ -38,6 +38,10 @@ _DISK_NOT_FOUND = (
     " (QEMU can't open a disk again, as it does when it saves: start it with absolute paths, -daemonize leaves the "
     "directory that relative ones were meant from)"
 )
+_NO_USERFAULTFD = (
+    " (or it may not use userfaultfd(2): it needs to open /dev/userfaultfd, or CAP_SYS_PTRACE, or sysctl "
+    "vm.unprivileged_userfaultfd=1)"
+)
 _FD_NAME = "ckptfs"
 
 
@@ -108,7 +112,8 @@ async def migration_settings(
         except QemuError as error:
             if error.errno in (errno.EPIPE, errno.ETIMEDOUT):
                 raise
-            raise CapabilitiesRefusedError(str(error), error.errno) from error
+            hint = _NO_USERFAULTFD if "supported by host kernel" in str(error) else ""
+            raise CapabilitiesRefusedError(f"{error}{hint}", error.errno) from error
     try:
         await _set_parameters(monitor, {name: parameters[name] for name in values})
         yield
