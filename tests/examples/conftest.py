@@ -26,7 +26,7 @@ exec {qemu} -accel tcg -kernel {guest.kernel} -initrd {guest.initrd} \
     -append "console=ttyS0 quiet panic=-1 vmcoreinfo=1" "$@"
 """
 
-_PATIENCE = """\
+PATIENCE = """\
 kill() { # a reader goes on when what he has ended is gone
     command kill "$@"
     python -c '
@@ -43,18 +43,23 @@ for pid in map(int, sys.argv[1:]):
 """
 
 
+def make_tools(directory: Path, guest: Guest) -> Path:
+    """A directory with the qemu-system-x86_64 of a reader, to be the first on his PATH."""
+    directory.mkdir()
+    qemu = directory / "qemu-system-x86_64"
+    qemu.write_text(_QEMU.format(qemu=shutil.which("qemu-system-x86_64"), guest=guest))
+    qemu.chmod(0o755)
+    return directory
+
+
 @pytest.fixture
 def run(tmp_path: Path, guest_files: Guest) -> Iterator[Run]:
     """`run(SCRIPT or [PROGRAM, ARGUMENT...])` returns what it prints; it has to end well and to leave nothing."""
     work = tmp_path / "work"
-    tools = tmp_path / "tools"
     work.mkdir()
-    tools.mkdir()
     with (work / "disk.img").open("wb") as disk:
         disk.truncate(64 << 20)
-    qemu = tools / "qemu-system-x86_64"
-    qemu.write_text(_QEMU.format(qemu=shutil.which("qemu-system-x86_64"), guest=guest_files))
-    qemu.chmod(0o755)
+    tools = make_tools(tmp_path / "tools", guest_files)
     environment = {
         **os.environ,
         "PATH": f"{BIN}:{os.environ['PATH']}",
@@ -64,7 +69,7 @@ def run(tmp_path: Path, guest_files: Guest) -> Iterator[Run]:
 
     def run(what: str | list[str | Path], **variables: str) -> str:
         if isinstance(what, str):
-            command: list[str | Path] = ["bash", "-euo", "pipefail", "-c", _PATIENCE + what]
+            command: list[str | Path] = ["bash", "-euo", "pipefail", "-c", PATIENCE + what]
             variables["PATH"] = f"{tools}:{environment['PATH']}"
         else:
             command = what

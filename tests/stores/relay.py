@@ -20,10 +20,10 @@ class Request:
 class Relay:
     """Passes connections on to the server at `port`; `url` is its own. One request at a time has a connection."""
 
-    def __init__(self, port: int) -> None:
+    def __init__(self, port: int, address: str = "127.0.0.1") -> None:
         self._port = port
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        self._listener = socket.create_server((address, 0))
+        self.url = f"http://{address}:{self._listener.getsockname()[1]}"
         self.requests: list[Request] = []
         self.meddle: Callable[[Request], bytes | None] = lambda request: None
         """What is answered to a request in the server's place, b"" for nothing at all; None: it decides."""
