@@ -280,6 +280,8 @@ class Control:
     async def _stop(self, command: ctl.Stop, identity: Identity) -> str:
         if await self._machine_does("stop"):
             return "ok the guest is stopped"
+        if self._guest.read_only:
+            return "ok the mount is read-only (ro): nobody can write"
         await self._guest.hold_writers()
         return "ok writers of ram/ wait until `cont`"
 

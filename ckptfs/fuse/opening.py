@@ -85,13 +85,13 @@ class Opening:
             case NodeKind.RAM:
                 if opener.writes and self._guest.read_only:
                     raise StateError("the mount is read-only (ro)", errno.EROFS)
-                if opener.writes and self._guest.machines.own_ram:
-                    raise StateError(
-                        "this is a copy of the machine's RAM: the machine would not see what is written here"
-                        " (`qmp none` lets go of it)",
-                        errno.EROFS,
-                    )
                 with _refusal_logged("RAM", opener.pid):
+                    if opener.writes and self._guest.machines.own_ram:
+                        raise StateError(
+                            f"{subject}: is a copy of the machine's RAM: the machine would not see what is written"
+                            " here (`qmp none` lets go of it)",
+                            errno.EROFS,
+                        )
                     await self._sharing.refuse_second(subject, opener)
                 if opener.flags & os.O_TRUNC:  # the kernel leaves it to us, and forgets what it has cached
                     in_use = await self._ram_files.in_use(inode)
@@ -121,9 +121,12 @@ class Opening:
                 )
             case NodeKind.VIEW if self._views is not None:
                 layout = self._views.layout(subject)
-                if layout.has_memory:
-                    await self._guest.flush(list(self._guest.blocks))  # what a machine has written may be there yet
-                refuse_written(self._guest, layout)
+                with _refusal_logged(f"views/{subject}", opener.pid):
+                    if layout.has_memory:
+                        await self._guest.flush(
+                            list(self._guest.blocks)
+                        )  # a machine may have written what is there
+                    refuse_written(self._guest, layout)
                 return ViewHandle(inode, opener, self._guest, layout)
             case NodeKind.VMSTATE:
                 return TextHandle(inode, opener, await self._vmstate(opener.pid, self._user_of(opener.pid)))
@@ -161,10 +164,11 @@ class Opening:
     async def _vmstate(self, pid: int, find_user: _FindUser) -> bytes:
         """The stream that starts a machine on this RAM, for whoever has this RAM; process ``pid`` asks for it."""
         guest, ram_files = self._guest, self._ram_files
-        await guest.flush(list(guest.blocks))  # the kernel may hold pages that a machine has written
         memory = memory_on(guest, self._options.backends)
-        user, others = await trio.to_thread.run_sync(find_user, ram_files.openers, ram_files.files(guest.blocks))
         try:
+            await guest.flush(list(guest.blocks))  # the kernel may hold pages that a machine has written
+            openers, files = ram_files.openers, ram_files.files(guest.blocks)
+            user, others = await trio.to_thread.run_sync(find_user, openers, files)
             stream = await vmstate(guest, memory, user, others)
         except StateError as error:
             log.warning("vmstate was refused to process %d: %s", pid, error)

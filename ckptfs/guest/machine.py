@@ -109,7 +109,7 @@ class Machines:
 
     @property
     def refusal(self) -> str | None:
-        """Why vmstate was last refused; None after it was given."""
+        """Why vmstate was last refused; None once it was given, and after a reset or a save."""
         return self._refusal
 
     def bind(self, machine: Machine | None) -> None:
@@ -122,7 +122,7 @@ class Machines:
 
     def note_reset(self) -> None:
         """RAM is what it is in the checkpoint, as if none had run."""
-        self._have_run = False
+        self._have_run, self._refusal = False, None
 
     def note_vmstate(self, refusal: str | None) -> None:
         """Device state was asked for, and refused for that reason, or given."""

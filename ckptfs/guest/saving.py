@@ -144,6 +144,7 @@ async def _save_to(guest: Guest, lane: Lane, target: Target, request: SaveReques
         with trio.CancelScope(shield=True):
             if base is not None:
                 await guest.rebase(epoch, fresh, base)
+                guest.machines.note_vmstate(None)  # what was wrong with the former one
                 return
     except BaseException:
         await _give_up_epoch(guest, carried)
@@ -348,9 +349,14 @@ def _refuse_mixed_moments(guest: Guest, request: SaveRequest) -> None:
             " save",
             errno.EBUSY,
         )
-    if guest.machines.have_run and guest.has_device_state and guest.has_written:
+    if guest.machines.have_run and (guest.has_written or not guest.has_device_state):
+        why = (
+            "the device state of the checkpoint is older"
+            if guest.has_device_state
+            else "its device state is not known"
+        )
         raise StateError(
-            "a machine has run on this RAM, so the device state of the checkpoint is older than RAM: "
+            f"a machine has run on this RAM, and {why}: "
             "bind its QMP socket (qmp SOCKET) to save both, or say `save ram-only`, or `reset`",
             errno.EPERM,
         )

@@ -85,6 +85,29 @@ async def test_a_reset_undoes_that_a_machine_has_run(guest: Guest, tmp_path: Pat
     assert ram_in(tmp_path / "checkpoint")["pc.ram"] == patched(GOLDEN, 9, b"a patch by hand")
 
 
+async def test_ram_that_a_machine_has_run_on_is_saved_alone_only_on_purpose(guest: Guest, tmp_path: Path) -> None:
+    machine, ram_only, next_one = (tmp_path / name for name in ("machine", "ram-only", "next"))
+    await save(guest, save_request(machine))
+    saved = machine.read_bytes()
+    guest.machines.note_run()
+    await save(guest, save_request(ram_only, ram_only=True))
+    with pytest.raises(
+        StateError, match="a machine has run on this RAM, and its device state is not known"
+    ) as caught:
+        await save(guest, save_request(machine))
+    assert caught.value.errno == errno.EPERM
+    assert machine.read_bytes() == saved
+    await save(guest, save_request(next_one, ram_only=True))
+    assert ram_in(next_one) == ram_in(machine)
+
+
+@pytest.mark.parametrize("over", ["save", "reset"])
+async def test_a_refusal_of_vmstate_is_over_with_its_reason(over: str, guest: Guest, tmp_path: Path) -> None:
+    guest.machines.note_vmstate("pages have been written since the checkpoint")
+    await (guest.reset() if over == "reset" else save(guest, save_request(tmp_path / "checkpoint")))
+    assert guest.machines.refusal is None
+
+
 async def test_pages_that_hold_what_the_checkpoint_holds_are_not_written(guest: Guest) -> None:
     block = guest.blocks["pc.ram"]
     for start, stop in ((0, 20), (30, 64)):

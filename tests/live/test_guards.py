@@ -73,6 +73,7 @@ async def test_pages_were_written(checkpoints: LiveCheckpoints, mount: Mount) ->
     with refused(mounted, "`reset` drops them, `save` makes a new checkpoint"):
         await assert_does_not_start(SMALL.on(mounted.ram, checkpoint.guest, incoming=incoming(mounted)))
     assert mounted.ctl("reset") == "ok 1 written page dropped"
+    assert mounted.status()["vmstate"] == "ready"
     async with SMALL.on(mounted.ram, checkpoint.guest, incoming=incoming(mounted)) as vm:
         assert await vm.tick() > checkpoint.last_tick
 
@@ -171,7 +172,9 @@ async def test_save_after_a_guest_has_run(checkpoints: LiveCheckpoints, mount: M
         await vm.tick()
     assert not (tmp_path / "refused").exists()
     assert not (mounted.path / "vmstate").exists()
-    mounted.ctl(f"save {tmp_path / 'more'}")
+    with pytest.raises(PermissionError, match="a machine has run on this RAM, and its device state is not known"):
+        mounted.ctl(f"save {checkpoint.path}")
+    mounted.ctl(f"save {tmp_path / 'more'} ram-only")
 
 
 async def test_save_after_the_machine_that_was_saved_has_gone(

@@ -171,6 +171,7 @@ async def test_a_mount_shows_what_was_saved(mount: Mount, stepper: Stepper, tmp_
         with pytest.raises(OSError, match="is saved as a whole: switch x-ignore-shared off"):
             mounted.ctl("save")
         mounted.ctl("migrate_set_capability x-ignore-shared off")
+        mounted.expect_log(r"RAM was refused to process \d+: pc\.ram: is a copy of the machine's RAM")
         with pytest.raises(OSError, match="Read-only") as caught:
             (mounted.ram / "pc.ram").open("r+b")
         assert caught.value.errno == errno.EROFS

@@ -109,6 +109,7 @@ def test_map_and_status(linux: Mounted) -> None:
 
 def test_nothing_is_shown_of_ram_that_was_written(linux: Mounted) -> None:
     core, ram = linux.path / "views" / "vmcore", linux.ram / "pc.ram"
+    linux.expect_log(r"views/vmcore was refused to process \d+: pages have been written since the checkpoint")
     with core.open("rb") as opened:
         before = opened.read(2 << 20)
         with ram.open("r+b") as file:
@@ -121,6 +122,24 @@ def test_nothing_is_shown_of_ram_that_was_written(linux: Mounted) -> None:
     assert (linux.path / "views" / "map").read_text().startswith("# known from the CMOS")  # it moves no RAM
     linux.ctl("reset")
     assert core.read_bytes()[: 2 << 20] == before
+
+
+@pytest.mark.parametrize("options", [(), ("ro",)], ids=["rw", "ro"])
+def test_while_stop_holds_writers(options: tuple[str, ...], saved: SavedGuests, mount: Mount) -> None:
+    mounted = mount(saved.linux().path, *options)
+    core = mounted.path / "views" / "vmcore"
+    answer = mounted.ctl("stop")
+    if options:  # there are none
+        assert answer == "ok the mount is read-only (ro): nobody can write"
+        assert core.read_bytes()
+        return
+    for name in ("views/vmcore", "vmstate"):
+        mounted.expect_log(rf"{name} was refused to process \d+: writers of ram/ are held back .*: `cont` first")
+        with pytest.raises(OSError, match="busy"):
+            (mounted.path / name).open("rb")
+    assert "are held back" in mounted.status()["vmstate"]
+    mounted.ctl("cont")
+    assert core.read_bytes()
 
 
 def test_a_save_brings_files_of_its_own(linux: Mounted, tmp_path: Path) -> None:
