@@ -51,6 +51,8 @@ class Both:
         async def interfere(command: str) -> None:
             if left:
                 left.pop()
+                if command == "query-migrate":
+                    await self.has_migrated()
                 for line in () if left else commands:
                     await self.says(line)
 
@@ -65,6 +67,11 @@ class Both:
             assert not left, f"{at} never came"
             self.relay.faults = {}
         return None
+
+    async def has_migrated(self) -> None:
+        """Wait until QEMU obeys again: it tells that a migration has completed while it still refuses `cont`."""
+        while await self.vm.run_state() == "finish-migrate":  # noqa: ASYNC110 - there is no event
+            await trio.sleep(0.001)
 
     async def says(self, line: str) -> str:
         """One command of somebody else, in QEMU's words or (`HMP ...`) in those of the human monitor."""

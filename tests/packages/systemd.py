@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.mount.harness import BIN
+from tests.mount.harness import BIN, enter_a_mount_namespace
 
 PATIENCE = 120
 """s for systemd to start, and for one of its commands."""
@@ -78,12 +78,13 @@ def booted(directory: Path, units: Path, ckpt: Path, settings: str) -> Iterator[
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as ready, (directory / "boot").open("wb") as log:
         ready.bind(f"\0{name}")
         ready.settimeout(PATIENCE)
-        namespaces = ["--pid", "--mount", "--cgroup", "--ipc", "--uts", "--fork", "--kill-child"]
+        namespaces = ["--pid", "--cgroup", "--ipc", "--uts", "--fork", "--kill-child"]
         process = subprocess.Popen(
-            ["unshare", *namespaces, "--propagation=private", "sh", "-euc", script],
+            ["unshare", *namespaces, "sh", "-euc", script],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
+            preexec_fn=enter_a_mount_namespace,
         )
         try:
             while b"READY=1" not in ready.recv(1 << 12).split(b"\n"):
