@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ckptfs.migration.size import parse_size
-from tests.benchmarks import captures, checksums, daemon, machines, storage
+from tests.benchmarks import captures, checksums, daemon, machines, storage, stores
 from tests.benchmarks.rows import MiB, Row, heading
 from tests.benchmarks.setting import Setting
 from tests.mount.harness import adopt_orphans
@@ -25,6 +25,7 @@ BENCHMARKS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "running": machines.running,
     "run": machines.mapped,
     "clones": machines.clones,
+    "store": stores.store,
     "busy": captures.busy,
     "memory": daemon.memory,
     "writers": daemon.writers,

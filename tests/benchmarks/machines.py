@@ -1,5 +1,6 @@
 """A live checkpoint of a running QEMU, and a start from a checkpoint, against what stock QEMU does by itself."""
 
+import os
 import re
 import subprocess
 import tempfile
@@ -36,9 +37,9 @@ async def _live(setting: Setting, memory: int) -> list[Row]:
     whole: Samples = []
     stock: Samples = []
     stock_file = setting.directory / "stock"
-    async with _guest_on_mount(setting, guest, memory) as (mount, vm, monitor):
+    async with guest_on_mount(setting, guest, memory) as (mount, vm, monitor):
         mount.ctl("save")
-        async with Qemu(guest, memory=_mebibytes(memory), incoming="defer") as other:
+        async with Qemu(guest, memory=mebibytes(memory), incoming="defer") as other:
             await other.load(setting.checkpoint, multifd=CHANNELS, direct_io=True)
             await other.stop()
 
@@ -67,7 +68,7 @@ async def _live(setting: Setting, memory: int) -> list[Row]:
                 await theirs()
                 await vm.cont()
     stock_ms = [seconds * 1000 for seconds in stock]
-    size = _name(memory)
+    size = name_of(memory)
     return [
         Row(f"guest pause of a live save, {size}, by status", "ms", reported, stock_ms, STOCK_SAVE),
         Row(f"guest pause of a live save, {size}, STOP to RESUME", "ms", seen, stock_ms, STOCK_SAVE),
@@ -76,7 +77,7 @@ async def _live(setting: Setting, memory: int) -> list[Row]:
 
 
 @asynccontextmanager
-async def _guest_on_mount(setting: Setting, guest: Guest, memory: int) -> AsyncIterator[tuple[Mount, Qemu, Qmp]]:
+async def guest_on_mount(setting: Setting, guest: Guest, memory: int) -> AsyncIterator[tuple[Mount, Qemu, Qmp]]:
     """A new guest that ticks, no page of its RAM zero; and a monitor that keeps its events whole."""
     setting.checkpoint.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="benchmark-") as sockets:
@@ -85,7 +86,7 @@ async def _guest_on_mount(setting: Setting, guest: Guest, memory: int) -> AsyncI
             guest,
             *_backend(setting, memory),
             "-qmp", f"unix:{path},server=on,wait=off",
-            memory=_mebibytes(memory), machine="pc,memory-backend=pc.ram",
+            memory=mebibytes(memory), machine="pc,memory-backend=pc.ram",
         )  # fmt: skip
         with Mount(setting, f"ram=pc.ram:{memory}", f"qmp={vm.qmp_path}") as mount:
             fill(mount.ram, memory)  # what the guest's kernel has no use for stays like this
@@ -114,16 +115,16 @@ def running(setting: Setting) -> Iterator[Row]:
 
 async def _running(setting: Setting, memory: int) -> list[Row]:
     guest = build_guest(setting.directory)
-    async with _guest_on_mount(setting, guest, memory) as (mount, *_):
+    async with guest_on_mount(setting, guest, memory) as (mount, *_):
         mount.ctl("save")
-    size = _name(memory)
+    size = name_of(memory)
     all_of_it = [memory / MiB]
     rows = []
     for what, make_cold_for in _COLDNESS.items():
-        ours, theirs = _Starts(), _Starts()
+        ours, theirs = Starts(), Starts()
         for _ in range(setting.rounds):
             make_cold_for(setting)
-            await _start_lazily(setting, guest, memory, ours)
+            await start_lazily(setting, guest, memory, ours)
             make_cold_for(setting)
             await _start_stock(setting, guest, memory, theirs)
         rows += [
@@ -144,7 +145,7 @@ _COLDNESS: dict[str, Callable[[Setting], None]] = {
 
 
 @dataclass(frozen=True)
-class _Starts:
+class Starts:
     """Seconds from the beginning, and MiB of RAM read from the checkpoint by then."""
 
     running: Samples = field(default_factory=list)
@@ -153,13 +154,17 @@ class _Starts:
     read_tick: Samples = field(default_factory=list)
 
 
-async def _start_lazily(setting: Setting, guest: Guest, memory: int, starts: _Starts) -> None:
+async def start_lazily(
+    setting: Setting, guest: Guest, memory: int, starts: Starts, spec: str | None = None
+) -> None:
+    """Mount the checkpoint, or ``spec``, and start QEMU on it; note when it ran, and when it ticked."""
     started = time.perf_counter()
-    with Mount(setting) as mount:
+    of_store = spec is not None and "://" in spec
+    with Mount(setting, spec=spec) as mount:
         async with Qemu(
             guest,
             *_backend(setting, memory),
-            memory=_mebibytes(memory),
+            memory=mebibytes(memory),
             machine="pc,memory-backend=pc.ram",
             incoming=f"file:{mount.path}/vmstate",
         ) as vm:
@@ -168,7 +173,7 @@ async def _start_lazily(setting: Setting, guest: Guest, memory: int, starts: _St
             starts.read_running.append(_mebibytes_read(mount))
             await vm.tick()
             starts.tick.append(time.perf_counter() - started)
-            starts.read_tick.append(_mebibytes_read(mount))
+            starts.read_tick.append(_mebibytes_fetched(setting, mount) if of_store else _mebibytes_read(mount))
 
 
 def mapped(setting: Setting) -> Iterator[Row]:
@@ -179,17 +184,17 @@ def mapped(setting: Setting) -> Iterator[Row]:
 
 async def _mapped(setting: Setting, memory: int) -> list[Row]:
     guest = build_guest(setting.directory)
-    async with _guest_on_mount(setting, guest, memory) as (mount, *_):
+    async with guest_on_mount(setting, guest, memory) as (mount, *_):
         mount.ctl("save")
-    size = _name(memory)
+    size = name_of(memory)
     rows = []
     for what, make_cold_for in _COLDNESS.items():
-        run, mounted, stock = _Starts(), _Starts(), _Starts()
+        run, mounted, stock = Starts(), Starts(), Starts()
         for _ in range(setting.rounds):
             make_cold_for(setting)
             await _start_run(setting, guest, memory, run)
             make_cold_for(setting)
-            await _start_lazily(setting, guest, memory, mounted)
+            await start_lazily(setting, guest, memory, mounted)
             make_cold_for(setting)
             await _start_stock(setting, guest, memory, stock)
         rows += [
@@ -205,10 +210,10 @@ async def _mapped(setting: Setting, memory: int) -> list[Row]:
     return rows
 
 
-async def _start_run(setting: Setting, guest: Guest, memory: int, starts: _Starts) -> None:
+async def _start_run(setting: Setting, guest: Guest, memory: int, starts: Starts) -> None:
     started = time.perf_counter()
     program = (BIN / "ckptfs", "run", setting.checkpoint)
-    async with Qemu(guest, memory=_mebibytes(memory), program=program) as vm:
+    async with Qemu(guest, memory=mebibytes(memory), program=program) as vm:
         await vm.tick()
         starts.tick.append(time.perf_counter() - started)
 
@@ -228,7 +233,7 @@ def clones(setting: Setting) -> Iterator[Row]:
         many.append(seconds)
         pss.append(mebibytes)
         one.append(_run_clones(setting, memory, 1)[0])
-    size = _name(memory)
+    size = name_of(memory)
     yield Row(f"{COUNT} clones of {size} until all have ticked", "s", many, one, "one clone")
     yield Row(
         f"PSS of {COUNT} clones of {size}", "MiB", pss, [COUNT * memory / MiB], "all of the RAM that they have"
@@ -236,7 +241,7 @@ def clones(setting: Setting) -> Iterator[Row]:
 
 
 async def _checkpoint(setting: Setting, guest: Guest, memory: int) -> None:
-    async with _guest_on_mount(setting, guest, memory) as (mount, *_):
+    async with guest_on_mount(setting, guest, memory) as (mount, *_):
         mount.ctl("save")
 
 
@@ -247,7 +252,7 @@ def _run_clones(setting: Setting, memory: int, count: int) -> tuple[float, float
     with tempfile.TemporaryDirectory(prefix="benchmark-") as directory:
         command = [
             BIN / "ckptfs", "run", "--count", str(count), "--directory", directory, setting.checkpoint, "--",
-            "-accel", "tcg,thread=single", "-nodefaults", "-serial", "stdio", "-m", _mebibytes(memory),
+            "-accel", "tcg,thread=single", "-nodefaults", "-serial", "stdio", "-m", mebibytes(memory),
         ]  # fmt: skip
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
             try:
@@ -268,9 +273,9 @@ def _pss_of_children(pid: int) -> float:
     return sum(int(re.findall(r"^Pss: +(\d+)", rollup, re.MULTILINE)[0]) for rollup in rollups) / 1024
 
 
-async def _start_stock(setting: Setting, guest: Guest, memory: int, starts: _Starts) -> None:
+async def _start_stock(setting: Setting, guest: Guest, memory: int, starts: Starts) -> None:
     started = time.perf_counter()
-    async with Qemu(guest, memory=_mebibytes(memory), incoming="defer") as vm:
+    async with Qemu(guest, memory=mebibytes(memory), incoming="defer") as vm:
         await vm.load(setting.checkpoint, multifd=CHANNELS, direct_io=True)
         await _until_running(vm)
         starts.running.append(time.perf_counter() - started)
@@ -289,14 +294,21 @@ def _mebibytes_read(mount: Mount) -> float:
     return (int(status["read-pages"]) + int(status["written-pages"])) * 4096 / MiB
 
 
+def _mebibytes_fetched(setting: Setting, mount: Mount) -> float:
+    """What the daemon has fetched of an object: it lies in a file without a name, below TMPDIR."""
+    directory = str(setting.directory)
+    fetched = (fd for fd in Path(f"/proc/{mount.pid}/fd").iterdir() if "(deleted)" in os.readlink(fd))
+    return max(fd.stat().st_blocks * 512 / MiB for fd in fetched if os.readlink(fd).startswith(directory))
+
+
 def _backend(setting: Setting, memory: int) -> tuple[str, str]:
     path = setting.directory / "mnt" / "ram" / "pc.ram"
     return "-object", f"memory-backend-file,id=pc.ram,size={memory},mem-path={path},share=on"
 
 
-def _mebibytes(memory: int) -> str:
+def mebibytes(memory: int) -> str:
     return f"{memory // MiB}M"
 
 
-def _name(memory: int) -> str:
+def name_of(memory: int) -> str:
     return f"{memory // GiB} GiB" if memory % GiB == 0 else f"{memory // MiB} MiB"

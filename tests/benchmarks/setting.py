@@ -38,12 +38,12 @@ class Setting:
 
 
 class Mount:
-    """The checkpoint's mount, by mount.ckptfs as a user runs it, until the daemon has ended."""
+    """The mount of the checkpoint, or of ``spec``, by mount.ckptfs as users run it, until the daemon has ended."""
 
-    def __init__(self, setting: Setting, *options: str) -> None:
+    def __init__(self, setting: Setting, *options: str, spec: str | None = None) -> None:
         self.path = setting.directory / "mnt"
         self.ram = self.path / "ram" / "pc.ram"
-        self._spec = setting.checkpoint
+        self._spec = spec or setting.checkpoint
         self._options = (f"log={setting.directory / 'log'}", *options)
 
     def __enter__(self) -> Self:
