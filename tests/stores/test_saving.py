@@ -5,9 +5,11 @@ import os
 import subprocess
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
+from botocore.exceptions import ClientError
 
 from tests.live.machines import SMALL, LiveCheckpoints, goes_on
 from tests.mount.conftest import Mount
@@ -84,7 +86,7 @@ async def test_stock_qemu_goes_on_from_what_a_live_save_has_uploaded(
 class Held:
     """A save whose upload does not get on: its parts are held on the way to the store."""
 
-    def __init__(self, mounted: Mounted, relay: Relay, threads: ThreadPoolExecutor) -> None:
+    def __init__(self, mounted: Mounted, relay: Relay, threads: ThreadPoolExecutor, command: str = "save") -> None:
         self.reached, self.released = threading.Event(), threading.Event()
 
         def hold(request: Request) -> bytes | None:
@@ -95,34 +97,48 @@ class Held:
             return None
 
         relay.meddle = hold
-        self.saving: Future[str] = threads.submit(mounted.ctl, "save")
+        self.saving: Future[str] = threads.submit(mounted.ctl, command)
         assert self.reached.wait(DEADLINE)
 
 
 def test_a_save_that_is_cancelled_leaves_the_former_object_and_no_upload(
     seaweed: Seaweed, bucket: str, relay: Relay, saved: Mounted
 ) -> None:
-    former = seaweed.client.head_object(Bucket=bucket, Key="vm1")["ETag"]
+    former = etag(seaweed, bucket, "vm1")
     saved.fill(2)
-    with ThreadPoolExecutor() as threads:
-        held = Held(saved, relay, threads)
-        assert seaweed.uploads(bucket) == ["vm1"]
-        held_back = threads.submit(saved.ctl, "cancel")
-        with pytest.raises(OSError, match="the save was cancelled"):
-            held.saving.result(DEADLINE)
-        assert held_back.result(DEADLINE) == "ok save cancelled"
-        relay.meddle = lambda request: None
-        held.released.set()
+    for name, before in (("vm1", former), ("new", None)):
+        with ThreadPoolExecutor() as threads:
+            held = Held(saved, relay, threads, f"save s3://{bucket}/{name}")
+            assert seaweed.uploads(bucket) == [name]
+            assert etag(seaweed, bucket, name) == before
+            held_back = threads.submit(saved.ctl, "cancel")
+            saved.wait_for(lambda status: status["migration"]["status"] == "cancelling")
+            relay.meddle = lambda request: None
+            held.released.set()
+            with pytest.raises(OSError, match="the save was cancelled"):
+                held.saving.result(DEADLINE)
+            assert held_back.result(DEADLINE) == "ok save cancelled"
         while seaweed.uploads(bucket):
             pass
-    assert seaweed.client.head_object(Bucket=bucket, Key="vm1")["ETag"] == former
+        assert etag(seaweed, bucket, name) == before
     assert saved.ctl("save").startswith("ok ")
+
+
+def etag(seaweed: Seaweed, bucket: str, key: str) -> str | None:
+    """Of an object, None if there is none."""
+    try:
+        found: str = seaweed.client.head_object(Bucket=bucket, Key=key)["ETag"]
+    except ClientError as error:
+        if error.response["ResponseMetadata"]["HTTPStatusCode"] == 404:
+            return None
+        raise
+    return found
 
 
 def test_what_a_dead_daemon_has_left_is_aborted_by_the_next_save(
     seaweed: Seaweed, bucket: str, relay: Relay, mount: Mount, saved: Mounted
 ) -> None:
-    former = seaweed.client.head_object(Bucket=bucket, Key="vm1")["ETag"]
+    former = etag(seaweed, bucket, "vm1")
     with ThreadPoolExecutor() as threads:
         held = Held(saved, relay, threads)
         saved.kill()
@@ -130,7 +146,7 @@ def test_what_a_dead_daemon_has_left_is_aborted_by_the_next_save(
         relay.meddle = lambda request: None
         held.released.set()
     assert seaweed.uploads(bucket) == ["vm1"]
-    assert seaweed.client.head_object(Bucket=bucket, Key="vm1")["ETag"] == former
+    assert etag(seaweed, bucket, "vm1") == former
     mounted = mount(f"s3://{bucket}/vm1")
     mounted.ctl("save")
     assert seaweed.uploads(bucket) == []
@@ -161,6 +177,40 @@ def test_what_holds_no_checkpoint_is_not_replaced(seaweed: Seaweed, bucket: str,
         saved.ctl("save s3://nobucket/vm1")
     with pytest.raises(OSError, match="a web server takes no saves"):
         saved.ctl("save https://127.0.0.1/vm1")
+
+
+def test_each_request_of_a_save_is_refused_in_its_turn(
+    seaweed: Seaweed, bucket: str, relay: Relay, saved: Mounted
+) -> None:
+    """Whatever fails: the former object or the new one, all of it; no upload; and the next save works."""
+    seaweed.client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    requests = count_requests(relay, saved)
+    assert requests >= 6
+
+    def refuse(at: int, request: Request) -> bytes | None:
+        return BAD_REQUEST if len(relay.requests) == at + 1 else None
+
+    for number in range(requests):
+        former = etag(seaweed, bucket, "vm1")
+        data = saved.fill(number, 4096)
+        relay.requests.clear()
+        relay.meddle = partial(refuse, number)
+        with pytest.raises(OSError, match=r"\(400|\(ClientError"):
+            saved.ctl("save")
+        relay.meddle = lambda request: None
+        assert seaweed.uploads(bucket) == []
+        assert (etag(seaweed, bucket, "vm1") == former) is (number < requests - 1)  # it has been there by then
+        assert saved.ctl("save").startswith("ok ")
+        assert data in seaweed.get(bucket, "vm1")
+
+
+BAD_REQUEST = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
+
+
+def count_requests(relay: Relay, mounted: Mounted) -> int:
+    relay.requests.clear()
+    mounted.ctl("save")
+    return len(relay.requests)
 
 
 def test_a_store_that_refuses_a_part_fails_the_save(

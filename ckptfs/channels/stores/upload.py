@@ -89,11 +89,11 @@ class ObjectTarget:
         tar = _Tar(self.file.fd, self.path.rpartition("/")[2])
         part_size = self._options.part_size or _part_size(tar.length)
         send = self._send if self._upload is None else self._upload.send
-        send(tar, part_size, self._former, commit, go_on, self._refuse_changed)
+        self.published = send(tar, part_size, self._former, commit, go_on, self._refuse_changed)
         found = self._object.find()
         if not isinstance(found, ObjectVersion) or found.length != tar.length:
             raise StorageError(f"{self.path}: was uploaded, but is not there as it was sent: save again")
-        self.published = found
+        self.published = self.published or found
         self._close()
 
     def discard(self) -> None:
@@ -114,7 +114,7 @@ class ObjectTarget:
         go_on: Callable[[], None],
         refuse_changed: Callable[[], None],
     ) -> None:
-        """Upload to a store that is not S3."""
+        """Upload to a store that is not S3; which version it is then, a look tells."""
 
         def parts() -> Iterator[bytes]:
             for start in range(0, tar.length, part_size):
@@ -218,8 +218,11 @@ class _S3Upload:
         commit: Callable[[], None],
         go_on: Callable[[], None],
         refuse_changed: Callable[[], None],
-    ) -> None:
-        """Upload all of ``tar`` in the place of ``former``, or nothing. StateError (ESTALE), StorageError."""
+    ) -> ObjectVersion:
+        """Upload all of ``tar`` in the place of ``former``, or nothing; return what is there then.
+
+        Raises StateError (ESTALE), StorageError.
+        """
         token = secrets.token_hex(16)
         with self._in_words():
             begun = self._client.create_multipart_upload(**self._place, Metadata={"ckptfs-save": token})
@@ -239,7 +242,7 @@ class _S3Upload:
                     parts = list(threads.map(send_part, range(1, -(-tar.length // part_size) + 1)))
                 refuse_changed()
                 commit()
-                self._complete(upload, parts, former, token)
+                done = self._complete(upload, parts, former, token)
         except BaseException:
             if self._abort(begun["UploadId"]):
                 self._remove_record(record)
@@ -247,25 +250,32 @@ class _S3Upload:
             raise
         self._remove_record(record)
         os.close(record[1])
+        return ObjectVersion(done["ETag"], tar.length, done.get("VersionId"))
 
-    def _complete(self, upload: dict[str, str], parts: list[Any], former: Version, token: str) -> None:
+    def _complete(self, upload: dict[str, str], parts: list[Any], former: Version, token: str) -> dict[str, Any]:
         from botocore.exceptions import BotoCoreError, ClientError
 
         condition = {"IfMatch": former.etag} if isinstance(former, ObjectVersion) else {"IfNoneMatch": "*"}
         try:
-            self._client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts}, **condition)
+            done: dict[str, Any] = self._client.complete_multipart_upload(
+                **upload, MultipartUpload={"Parts": parts}, **condition
+            )
         except (BotoCoreError, ClientError):
-            if not self._is_there(token):  # the answer may have got lost, and the question been asked again
+            found = self._find(token)  # the answer may have got lost, and the question been asked again
+            if found is None:
                 raise
+            return found
+        return done
 
-    def _is_there(self, token: str) -> bool:
+    def _find(self, token: str) -> dict[str, Any] | None:
+        """What is there, if it is of the save with this token."""
         from botocore.exceptions import BotoCoreError, ClientError
 
         try:
-            metadata: dict[str, str] = self._client.head_object(**self._place)["Metadata"]
+            found: dict[str, Any] = self._client.head_object(**self._place)
         except (BotoCoreError, ClientError):
-            return False
-        return metadata.get("ckptfs-save") == token
+            return None
+        return found if found["Metadata"].get("ckptfs-save") == token else None
 
     @contextlib.contextmanager
     def _in_words(self) -> Iterator[None]:
