@@ -8,12 +8,14 @@ descriptors with O_DIRECT where the file system has it. O_DIRECT is a property o
 import errno
 import fcntl
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from ckptfs.channels.identity import Identity
 from ckptfs.channels.version import FileVersion, Version
-from ckptfs.errors import StorageError
+from ckptfs.channels.working_set import ByteRange, read_working_set, write_working_set
+from ckptfs.errors import StateError, StorageError
 from ckptfs.mapped_ram.stream import Source
 
 DIRECT_IO_ALIGNMENT = 4096
@@ -67,6 +69,17 @@ class BackingFile(Protocol):
         """Whether these bytes are in the file itself, and need not be fetched first."""
         ...
 
+    def read_working_set(self, path: str) -> list[ByteRange]:
+        """What was recorded of this version of the file, beside its ``path``; nothing if that is nothing."""
+        ...
+
+    def write_working_set(self, path: str, ranges: Iterable[ByteRange], identity: Identity) -> int:
+        """Keep ``ranges`` beside ``path``, as ``identity`` may; return how many bytes they are.
+
+        Raises StateError for a file that has no place beside it, OSError, StorageError.
+        """
+        ...
+
     def close(self) -> None:
         """Close the buffered descriptor; those for pages are their owners'."""
         ...
@@ -101,6 +114,18 @@ class _Local:
     def holds(self, file_offset: int, length: int) -> bool:
         """It does."""
         return True
+
+    def read_working_set(self, path: str) -> list[ByteRange]:
+        """Of the file beside it."""
+        return read_working_set(path, self.fd)
+
+    def write_working_set(self, path: str, ranges: Iterable[ByteRange], identity: Identity) -> int:
+        """Into the file beside it."""
+        if not os.path.isabs(path):
+            why = "was saved by this mount: mount it again first" if "://" in path else "has no name"
+            raise StateError(f"{path}: {why}, and the list is kept beside what is mounted")
+        with identity.assumed():
+            return write_working_set(path, self.fd, ranges)
 
 
 @dataclass(frozen=True)

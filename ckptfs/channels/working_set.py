@@ -1,8 +1,8 @@
 """Which parts of a checkpoint a start of its machine touches: kept beside the file, read first by the next start.
 
-A text, ``FILE.working-set``: which version of the file it is about, then a range of bytes a line. It is a hint and
-no more: a range that is wrong costs a read. What is recorded are pages that a process has in its page tables
-(Documentation/admin-guide/mm/pagemap.rst), or that a mount has read.
+A text, ``FILE.working-set`` (of an object, one beside it): which version of the file it is about, then a range of
+bytes a line. It is a hint and no more: a range that is wrong costs a read. What is recorded are pages that a
+process has in its page tables (Documentation/admin-guide/mm/pagemap.rst), or that a mount has read.
 """
 
 import contextlib
@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ckptfs.channels.version import FileVersion
+from ckptfs.channels.version import FileVersion, Version
 
 SUFFIX = ".working-set"
 _HEAD = "ckptfs working set 1"
-_MAX_LENGTH = 16 << 20
+WORKING_SET_LENGTH_MAX = 16 << 20
 _JOINED = 256 << 10
 """Bytes between two ranges that are read along: cheaper than another read."""
 _PAGE = 4096
@@ -37,13 +37,10 @@ def write_working_set(path: str, fd: int, ranges: Iterable[ByteRange]) -> int:
     Replaces an earlier one at once or not at all. Blocks; raises OSError.
     """
     joined = join(ranges)
-    version = FileVersion.of(fd)
-    lines = [f"{_HEAD} {version.inode} {version.length} {version.mtime_ns}"]
-    lines += [f"{found.start:#x} {found.stop:#x}" for found in joined]
     temporary = f"{path}{SUFFIX}.{secrets.token_hex(6)}"
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "w") as file:
-            file.write("".join(line + "\n" for line in lines))
+            file.write(format_working_set(FileVersion.of(fd), joined))
         os.rename(temporary, path + SUFFIX)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -56,17 +53,34 @@ def read_working_set(path: str, fd: int) -> list[ByteRange]:
     """The ranges that were kept of this version of the file at ``path``; none if there are none (blocks)."""
     try:
         with open(path + SUFFIX, errors="replace") as file:
-            head, *lines = file.read(_MAX_LENGTH).splitlines() or [""]
+            text = file.read(WORKING_SET_LENGTH_MAX)
     except OSError:
         return []
     version = FileVersion.of(fd)
-    if head != f"{_HEAD} {version.inode} {version.length} {version.mtime_ns}":
+    return parse_working_set(text, version, version.length)
+
+
+def format_working_set(version: Version, ranges: Iterable[ByteRange]) -> str:
+    """The text that is kept of ``ranges``."""
+    return "".join(f"{line}\n" for line in (_head(version), *(f"{start:#x} {stop:#x}" for start, stop in ranges)))
+
+
+def parse_working_set(text: str, version: Version, length: int) -> list[ByteRange]:
+    """The ranges in a text; none if it is about another version, or nonsense. ``length``: of the file, bytes."""
+    head, *lines = text.splitlines() or [""]
+    if head != _head(version):
         return []
     try:
         ranges = [ByteRange(*(int(word, 16) for word in line.split())) for line in lines]
     except (ValueError, TypeError):
         return []
-    return [found for found in ranges if 0 <= found.start < found.stop <= version.length]
+    return [found for found in ranges if 0 <= found.start < found.stop <= length]
+
+
+def _head(version: Version) -> str:
+    if isinstance(version, FileVersion):
+        return f"{_HEAD} {version.inode} {version.length} {version.mtime_ns}"
+    return f"{_HEAD} {version.etag} {version.length} {version.version}"
 
 
 def join(ranges: Iterable[ByteRange]) -> list[ByteRange]:

@@ -20,8 +20,8 @@ from ckptfs.channels.buffers import BUFFER_LENGTH, AlignedBuffers
 from ckptfs.channels.channels import BACKING_DEADLINE, CLOSING_DEADLINE, Channel, Channels, NoAnswerError
 from ckptfs.channels.identity import Identity
 from ckptfs.channels.reflink import share
-from ckptfs.channels.working_set import ByteRange, read_working_set, write_working_set
-from ckptfs.errors import CheckpointError, CkptfsError, CommandError, StateError, StorageError
+from ckptfs.channels.working_set import ByteRange
+from ckptfs.errors import CheckpointError, CkptfsError, CommandError, StorageError
 from ckptfs.foreign.content import Content, read_content, read_header
 from ckptfs.foreign.libvirt import Domain
 from ckptfs.guest.block import BaseBlock
@@ -216,7 +216,7 @@ class Base:
             (idstr, block.pages) for idstr, block in self.blocks.items() if isinstance(block.pages, MappedPages)
         ]
         found = []
-        for start, stop in read_working_set(self.path, self._file.fd):
+        for start, stop in self._file.read_working_set(self.path):
             for idstr, place in pages:
                 first = max(start - place.pages_offset, 0) // place.page_size
                 last = min(
@@ -229,18 +229,15 @@ class Base:
     def record(self, pages: Mapping[str, PagesBitmap], identity: Identity) -> int:
         """Keep these pages as the file's working set, as ``identity`` may; return how many bytes (blocks).
 
-        Raises StateError for a checkpoint that has no place beside it, OSError.
+        Raises StateError for a checkpoint that has no place beside it, OSError, StorageError.
         """
-        if not os.path.isabs(self.path):
-            raise StateError(f"{self.path}: has no name, and the list is kept beside one")
         ranges = [
             ByteRange(*(place.pages_offset + page * place.page_size for page in run))
             for idstr, bitmap in pages.items()
             if isinstance(place := self.blocks[idstr].pages, MappedPages)
             for run in bitmap.runs()
         ]
-        with identity.assumed():
-            return write_working_set(self.path, self._file.fd, ranges)
+        return self._file.write_working_set(self.path, ranges, identity)
 
     def image(self) -> Image:
         """All of the checkpoint but its pages, to be written beside newer ones."""

@@ -470,8 +470,8 @@ GRAMMAR = (
     Grammar(
         ("record",),
         "",
-        "Write down which pages have been read so far, in `FILE.working-set` beside the checkpoint. A later mount"
-        " with `prefetch=recorded` reads those first.",
+        "Write down which pages have been read so far, in `FILE.working-set` beside the checkpoint, be it a file or"
+        " an object. A later mount with `prefetch=recorded` reads those first.",
         _alone(Record()),
     ),
     Grammar(

@@ -85,6 +85,29 @@ def test_eight_readers_of_one_chunk_fetch_it_once(stored: str, relay: Relay, mou
     assert relay.count("GET") == before + 1
 
 
+def test_what_was_read_is_fetched_first_the_next_time(
+    stored: str, seaweed: Seaweed, relay: Relay, mount: Mount
+) -> None:
+    first = mount(f"s3://{stored}/dense")
+    for place in (8 * MiB, 40 * MiB):
+        read_direct(first.ram / "pc.ram", place)
+    assert first.ctl("record").startswith("ok ")
+    assert first.ctl("record").endswith(f"s3://{stored}/dense.working-set")  # replaced
+    second = mount(f"s3://{stored}/dense", "prefetch=recorded")
+    while "that were recorded are in the page cache" not in second.log.read_text():
+        pass
+    before = relay.count("GET")
+    for place in (8 * MiB, 40 * MiB):
+        assert read_direct(second.ram / "pc.ram", place) == CONTENT[place : place + PAGE]
+    assert relay.count("GET") == before
+    read_direct(second.ram / "pc.ram", 24 * MiB)
+    assert relay.count("GET") == before + 1
+    seaweed.put(stored, "dense.working-set", b"Dear Sir")
+    third = mount(f"s3://{stored}/dense", "prefetch=recorded")
+    while "0 bytes that were recorded" not in third.log.read_text():
+        pass
+
+
 def read_direct(path: Path, place: int) -> bytes:
     """One page, past the kernel's cache."""
     fd = os.open(path, os.O_RDONLY | os.O_DIRECT)

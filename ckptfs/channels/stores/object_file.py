@@ -5,26 +5,36 @@ pages of two versions are never mixed. A chunk that several want is fetched once
 asked for again within a second, as the kernel and the search for bad pages would ask for each page of it.
 """
 
+import contextlib
 import errno
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from ckptfs.channels.backing_file import DirectIO, OpenedFile, pread_exactly
+from ckptfs.channels.identity import Identity
 from ckptfs.channels.stores import credentials
 from ckptfs.channels.stores.cache import Cache, Entry, read_head
 from ckptfs.channels.stores.client import Object, ObjectGoneError
 from ckptfs.channels.stores.kept import CHUNK, Kept, Piece, Unnamed
 from ckptfs.channels.version import ObjectVersion, Version
-from ckptfs.errors import StorageError
+from ckptfs.channels.working_set import (
+    SUFFIX,
+    WORKING_SET_LENGTH_MAX,
+    ByteRange,
+    format_working_set,
+    join,
+    parse_working_set,
+)
+from ckptfs.errors import StateError, StorageError
 from ckptfs.foreign.sparse_tar import BLOCK, SparseMap, is_tar, read_sparse_head
 from ckptfs.mapped_ram.stream import Source
-from ckptfs.migration.address import ObjectAddress
+from ckptfs.migration.address import WEB, ObjectAddress
 from ckptfs.migration.store import StoreOptions
 
 CHUNKS_OF_A_GET = 4
@@ -107,6 +117,29 @@ class ObjectFile:
     def holds(self, file_offset: int, length: int) -> bool:
         """Whether all these bytes have been fetched and kept."""
         return all(map(self._kept.has, range(file_offset // CHUNK, -(-(file_offset + length) // CHUNK))))
+
+    def read_working_set(self, path: str) -> list[ByteRange]:
+        """Of the object beside it; a store that does not tell has none."""
+        with contextlib.suppress(StorageError):
+            beside = self._beside()
+            found = beside.find()
+            if isinstance(found, ObjectVersion) and 0 < found.length <= WORKING_SET_LENGTH_MAX:
+                text = bytes(beside.get(found, 0, found.length)).decode(errors="replace")
+                return parse_working_set(text, self.version, self.length)
+        return []
+
+    def write_working_set(self, path: str, ranges: Iterable[ByteRange], identity: Identity) -> int:
+        """Into the object beside it."""
+        identity.refuse_stranger(self.url)
+        if self._object.address.scheme in WEB:
+            raise StateError(f"{self.url}: a web server takes no list of what was read", errno.EROFS)
+        joined = join(ranges)
+        beside = self._beside()
+        beside.put(format_working_set(self.version, joined).encode(), beside.find())
+        return sum(found.stop - found.start for found in joined)
+
+    def _beside(self) -> Object:
+        return Object(ObjectAddress(self.url + SUFFIX), self._object.options)
 
     def bring_all(self) -> None:
         """Fetch all that is not there yet, by several threads. StorageError (ENOSPC) if it can't be kept."""
