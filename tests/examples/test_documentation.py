@@ -13,14 +13,14 @@ DOCUMENTS.remove(ROOT / "docs" / "howto" / "libvirt.md")  # it takes a libvirtd:
 DOCUMENTS.remove(ROOT / "docs" / "howto" / "move.md")  # it takes two hosts and a store: tests/stores
 
 
-def commands(document: Path) -> str:
-    """All blocks of shell commands in it, one after the other."""
-    return "".join(re.findall(r"^```sh\n(.*?)^```$", document.read_text(), re.MULTILINE | re.DOTALL))
+def commands(text: str) -> str:
+    """All blocks of shell commands in a document, one after the other."""
+    return "".join(re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_its_commands_work(document: Path, run: Run) -> None:
-    script = commands(document)
+    script = commands(document.read_text())
     assert script
     run(script)
 

@@ -196,9 +196,24 @@ SHARED = "<memoryBacking><source type='file'/><access mode='shared'/></memoryBac
 """RAM in files of libvirt's memory_backing_dir."""
 
 
+def on_mount(path: Path) -> str:
+    """The metadata of a domain whose RAM the hook puts on a mount."""
+    return f'<ckptfs:mount xmlns:ckptfs="urn:ckptfs" path="{path}"/>'
+
+
+def disk_of(path: Path) -> str:
+    """A new disk that the guest knows: see `Stepper`."""
+    with path.open("wb") as file:
+        file.truncate(1 << 20)
+    return (
+        f"<disk type='file'><driver name='qemu' type='raw'/><source file='{path}'/>"
+        "<target dev='vda' bus='ide'/></disk>"
+    )
+
+
 @dataclass(frozen=True)
 class Domain:
-    """A domain whose guest is a Stepper: it stops when its memory and its registers are not of one moment."""
+    """A domain whose guest is a Stepper: it stops when its registers, memory and disk are not of one moment."""
 
     libvirtd: Libvirtd
     name: str
@@ -223,7 +238,8 @@ class Domain:
         return path
 
     def define(self) -> None:
-        """Make it known to libvirtd."""
+        """Make it known to libvirtd; it has printed nothing yet."""
+        self.serial.unlink(missing_ok=True)
         self.libvirtd.virsh("define", self.xml())
 
     def start(self) -> None:
@@ -237,12 +253,12 @@ class Domain:
 
     def goes_on(self, passes: int = 2) -> None:
         """Wait until its guest has verified all of its memory that often."""
-        before = self._printed()
+        enough = len(self._printed()) + passes
         end = time.monotonic() + DEADLINE
-        while len(self._printed()) < len(before) + passes:
+        while len(printed := self._printed()) < enough and "!" not in printed:
             assert time.monotonic() < end, f"{self.name}: its guest stands still ({self.state()})"
             time.sleep(0.02)
-        assert "!" not in self._printed(), f"{self.name}: its guest's memory is wrong"
+        assert "!" not in printed, f"{self.name}: its guest's memory or disk is wrong"
 
     def _printed(self) -> str:
         return self.serial.read_text() if self.serial.exists() else ""

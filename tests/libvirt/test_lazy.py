@@ -9,15 +9,11 @@ import pytest
 
 from tests.cli.conftest import RunCkptfs
 from tests.libvirt.conftest import NewDomain
-from tests.libvirt.daemon import SHARED, Domain, VirshError
+from tests.libvirt.daemon import SHARED, Domain, VirshError, on_mount
 from tests.mount.conftest import Mount
 from tests.mount.harness import Mounted
 
 FOR_QEMU = "allow_other,uid=libvirt-qemu"
-
-
-def metadata(path: Path) -> str:
-    return f'<ckptfs:mount xmlns:ckptfs="urn:ckptfs" path="{path}"/>'
 
 
 @pytest.fixture
@@ -38,7 +34,7 @@ def mounted(vm: Domain, mount: Mount, tmp_path: Path, run_ckptfs: RunCkptfs) -> 
 
 def create(vm: Domain, mounted: Mounted) -> None:
     incoming = ("-incoming", f"file:{mounted.path}/vmstate")
-    lazy = replace(vm, backing=SHARED, metadata=metadata(mounted.path), arguments=incoming)
+    lazy = replace(vm, backing=SHARED, metadata=on_mount(mounted.path), arguments=incoming)
     vm.libvirtd.virsh("undefine", "vm")
     vm.libvirtd.virsh("create", lazy.xml())
 
@@ -96,6 +92,6 @@ def test_the_stream_is_only_for_the_machine_that_has_this_ram(vm: Domain, mounte
 
 def test_a_domain_whose_mount_is_gone_does_not_start(domain: NewDomain, tmp_path: Path) -> None:
     for backing, words in ((SHARED, "where nothing is mounted"), ("", "has no <memoryBacking>")):
-        vm = domain(f"vm{len(backing)}", backing=backing, metadata=metadata(tmp_path))
+        vm = domain(f"vm{len(backing)}", backing=backing, metadata=on_mount(tmp_path))
         with pytest.raises(VirshError, match=f"ckptfs: domain {vm.name}: .*{words}"):
             vm.start()
