@@ -55,6 +55,9 @@ class StatusFile:
         except FileNotFoundError:
             problem = "no guest's RAM is mounted here" if os.path.isdir(directory) else "no such directory"
             raise StateError(f"{directory}: {problem}", errno.ENOENT) from None
+        except NotADirectoryError:
+            problem = "is a file: name the directory where a guest's RAM is mounted"
+            raise StateError(f"{directory}: {problem}", errno.ENOTDIR) from None
         except OSError as error:
             if error.errno in (errno.ENOTCONN, errno.ECONNABORTED):
                 raise StateError(

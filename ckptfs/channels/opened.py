@@ -93,15 +93,15 @@ class Opened:
         make its own command line be anything. Judged by the open file: it does not matter who can rename it.
         """
         if self.of_store:
-            return f"{self.path}: comes from a store, and others may have written it"
+            return "comes from a store, and others may have written it"
         status = os.fstat(self.fd)
         if status.st_uid not in (0, os.geteuid()):
-            return f"{self.path}: belongs to user {status.st_uid}, who could have put any command into it"
+            return f"belongs to user {status.st_uid}, who could have put any command into it"
         if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            return f"{self.path}: others may write it (mode {stat.S_IMODE(status.st_mode):#o}): chmod go-w"
+            return f"others may write it (mode {stat.S_IMODE(status.st_mode):#o}): chmod go-w"
         machine = self.trailer.machine
         if machine is not None and machine.uid not in (0, os.geteuid()):
-            return f"{self.path}: its machine ran as user {machine.uid}, who could have given it any command"
+            return f"its machine ran as user {machine.uid}, who could have given it any command"
         return None
 
     def close(self) -> None:

@@ -58,14 +58,16 @@ def _parse(words: list[str]) -> argparse.Namespace:
 
 def parser() -> argparse.ArgumentParser:
     """The parser that the table of commands describes."""
+    version = f"ckptfs {__version__}"
     whole = _Parser(
         prog="ckptfs",
         description="Save, restore and examine virtual machines' memory: mounted, in a file, or of a running QEMU.",
     )
-    whole.add_argument("--version", action="version", version=f"ckptfs {__version__}")
+    whole.add_argument("--version", action="version", version=version)
     commands = whole.add_subparsers(metavar="COMMAND", required=True)
     for command in COMMANDS:
         part = commands.add_parser(command.name, help=command.summary, description=command.description)
+        part.add_argument("--version", action="version", version=version, help=argparse.SUPPRESS)
         for argument in command.arguments:
             part.add_argument(*argument.names, **argument.settings)
         part.set_defaults(command=command)

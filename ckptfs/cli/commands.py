@@ -122,7 +122,7 @@ COMMANDS = (
                 "--format",
                 choices=("mapped-ram", "libvirt"),
                 default="mapped-ram",
-                help="libvirt: write a save image, which `virsh restore` loads",
+                help="a checkpoint of QEMU's, or a save image, which `virsh restore` loads",
             ),
             argument("--libvirt-uri", metavar="URI", help="where libvirt is (default: as for virsh)"),
             argument(
@@ -156,8 +156,14 @@ COMMANDS = (
         (
             DIRECTORY,
             argument("name", metavar="NAME", nargs="?", help="the block ram/NAME"),
-            argument("start", metavar="START", nargs="?", help="where in the block the part begins (0x1000, 4k)"),
-            argument("length", metavar="LENGTH", nargs="?", help="how long the part is"),
+            argument(
+                "start",
+                metavar="START",
+                type=size,
+                nargs="?",
+                help="where in the block the part begins (0x1000, 4k)",
+            ),
+            argument("length", metavar="LENGTH", type=size, nargs="?", help="how long the part is"),
             *FOLLOWED,
         ),
         "ckptfs.cli.operate:prefetch",

@@ -52,7 +52,7 @@ def wait_until_idle(directory: str, display: Display) -> None:
             poll.poll(_REFRESH * 1000)
     migration = now["migration"]
     if migration.get("status") in ("failed", "cancelled"):
-        raise StateError(f"{directory}: {migration.get('error-desc') or 'was cancelled'}")
+        raise StateError(f"{directory}: {migration.get('error-desc') or 'what ran was cancelled'}")
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import shlex
 
 from ckptfs.cli.control import perform, wait_until_idle
 from ckptfs.cli.progress import Display, Prefetching, display_for, tell
+from ckptfs.errors import CommandError
 
 
 def save(arguments: argparse.Namespace) -> int:
@@ -23,7 +24,9 @@ def restore(arguments: argparse.Namespace) -> int:
 
 def prefetch(arguments: argparse.Namespace) -> int:
     """Warm the kernel's cache."""
-    words = [word for word in (arguments.name, arguments.start, arguments.length) if word is not None]
+    if arguments.start is not None and arguments.length is None:
+        raise CommandError("prefetch: how much of it? LENGTH goes with START, as in pc.ram 4k 1M")
+    words = [str(word) for word in (arguments.name, arguments.start, arguments.length) if word is not None]
     display = display_for(arguments)
     if len(words) < 2:  # how much of a part is read, status does not tell
         display = Prefetching(display, arguments.name)

@@ -168,7 +168,8 @@ def _remembered(opened: Opened, arguments: argparse.Namespace) -> QEMU:
         )
     if arguments.count is not None:
         options = [option for option in options if option.name not in _NOT_TWICE]
-    directory = machine.directory if os.path.isdir(machine.directory) else None
+    left_it = any(option.name == "daemonize" for option in options)  # for /: it was started here, more likely
+    directory = machine.directory if os.path.isdir(machine.directory) and not left_it else None
     return QEMU(_program(opened, arguments.qemu or machine.program), options, directory)
 
 

@@ -45,9 +45,11 @@ def _registers(checkpoint: OpenCheckpoint) -> list[dict[str, int]]:
 def _devices(checkpoint: OpenCheckpoint, name: str) -> list[Document]:
     """Those of that name, or all; one whose fields can't be told has a problem instead."""
     wanted = [device for device in checkpoint.devices if name in (ALL_DEVICES, device[0])]
+    if not checkpoint.devices:
+        raise StateError(f"{checkpoint.path}: has no devices: it holds RAM alone")
     if not wanted:
         names = ", ".join(dict(checkpoint.devices))
-        raise StateError(f"{checkpoint.path}: has no device {name!r}; it has {names or 'none'}")
+        raise StateError(f"{checkpoint.path}: has no device {name!r}; it has {names}")
     return [_device(checkpoint, *device) for device in wanted]
 
 

@@ -14,8 +14,8 @@ from ckptfs.errors import CommandError
 from ckptfs.migration.address import FILE_OFFSET_MAX, MonitorAddress, parse_monitor
 from ckptfs.migration.capabilities import CAPABILITIES, MigrationCapabilities, parse_state
 from ckptfs.migration.capture import CaptureOptions, Way
-from ckptfs.migration.parameters import PARAMETERS, MigrationParameters
-from ckptfs.migration.size import MiB, parse_size_of
+from ckptfs.migration.parameters import PARAMETERS, Kind, MigrationParameters
+from ckptfs.migration.size import SIZE_RULE, MiB, parse_size_of
 from ckptfs.migration.store import PART_SIZE_MAX, PART_SIZE_MIN, StoreOptions, parse_endpoint
 from ckptfs.namespace.names import encode_name
 
@@ -129,6 +129,8 @@ def _refuse(name: str) -> _Setter:
     """A word that is no option."""
 
     def apply(options: MountOptions, value: str | None) -> None:
+        if name == "offset":
+            raise CommandError(f"mount(8) keeps it for loop devices: say image_offset={value or 'SIZE'}")
         known = [key.replace("-", "_") for key in (*_SETTERS, *PARAMETERS, *CAPABILITIES)]
         likely = get_close_matches(name, known, 1)
         raise CommandError("no such option" + (f" (did you mean {likely[0]}?)" if likely else ""))
@@ -138,7 +140,13 @@ def _refuse(name: str) -> _Setter:
 
 def _parameter(name: str) -> _Setter:
     def apply(options: MountOptions, value: str | None) -> None:
-        options.parameters = options.parameters.set(name, PARAMETERS[name].parse(_required(value)))
+        parameter = PARAMETERS[name]
+        try:
+            options.parameters = options.parameters.set(name, parameter.parse(_required(value)))
+        except CommandError as error:
+            if parameter.kind is not Kind.BANDWIDTH:
+                raise
+            raise CommandError(f"{error}: {SIZE_RULE}") from None  # QEMU's words alone don't say it
 
     return apply
 

@@ -24,7 +24,8 @@ def test_the_help_lists_every_command(run_ckptfs: RunCkptfs) -> None:
 
 
 def test_the_version(run_ckptfs: RunCkptfs) -> None:
-    assert run_ckptfs("--version").stdout == f"ckptfs {__version__}\n"
+    for words in (), ("save",), ("info",):
+        assert run_ckptfs(*words, "--version").stdout == f"ckptfs {__version__}\n"
 
 
 def test_wrong_usage(run_ckptfs: RunCkptfs) -> None:

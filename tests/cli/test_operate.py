@@ -71,6 +71,8 @@ def test_a_save_that_fails(mounted: Mounted, run_ckptfs: RunCkptfs, tmp_path: Pa
     assert "`save force`" in run_ckptfs("save", mounted.path, code=1).stderr
     run_ckptfs("save", "--force", mounted.path)
     assert "no guest's RAM is mounted here" in run_ckptfs("save", tmp_path, code=1).stderr
+    vm = tmp_path / "storage/vm"
+    assert run_ckptfs("save", vm, code=1).stderr.startswith(f"{vm}: is a file: name the directory")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
@@ -110,8 +112,8 @@ def test_cancel_and_wait(slow: Mounted, run_ckptfs: RunCkptfs) -> None:
     wait_until_active(slow)
     assert run_ckptfs("cancel", slow.path).stdout == "save cancelled\n"
     _, stderr = waiting.communicate(timeout=DEADLINE)
-    assert (waiting.returncode, stderr.splitlines()[-1]) == (1, f"{slow.path}: was cancelled")
-    assert run_ckptfs("wait", slow.path, code=1).stderr == f"{slow.path}: was cancelled\n"
+    assert (waiting.returncode, stderr.splitlines()[-1]) == (1, f"{slow.path}: what ran was cancelled")
+    assert run_ckptfs("wait", slow.path, code=1).stderr == f"{slow.path}: what ran was cancelled\n"
 
 
 def test_restore_prefetch_and_reset(mounted: Mounted, mount: Mount, tmp_path: Path, run_ckptfs: RunCkptfs) -> None:
@@ -122,6 +124,8 @@ def test_restore_prefetch_and_reset(mounted: Mounted, mount: Mount, tmp_path: Pa
     assert progress[0]["state"] == "prefetching"
     assert 0 < progress[0]["migration"]["ram"]["total"] <= LENGTH - MiB
     assert answer["answer"].startswith(f"{LENGTH} bytes are in")
+    assert "LENGTH goes with START" in run_ckptfs("prefetch", incoming.path, "pc.ram", "4k", code=2).stderr
+    assert "bad size 'x'" in run_ckptfs("prefetch", incoming.path, "pc.ram", "x", "1M", code=2).stderr
     assert "there is no ram/nosuch" in run_ckptfs("prefetch", incoming.path, "nosuch", code=1).stderr
     with (incoming.ram / "pc.ram").open("r+b", buffering=0) as file:
         file.write(b"x")

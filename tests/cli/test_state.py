@@ -49,6 +49,9 @@ def test_what_there_is_not(tmp_path: Path, run_ckptfs: RunCkptfs) -> None:
         "has no device 'cpu'; it has timer, globalstate"
         in run_ckptfs("info", path, "--devices", "cpu", code=1).stderr
     )
+    MigrationFile(devices=()).write(tmp_path / "ram")
+    alone = run_ckptfs("info", tmp_path / "ram", "--devices", code=1).stderr
+    assert alone == f"{tmp_path}/ram: has no devices: it holds RAM alone\n"
     assert "the checkpoint has no vCPU" in run_ckptfs("info", path, "--registers", code=1).stderr
     assert "which FILE_OR_DIR?" in run_ckptfs("info", code=2).stderr
     assert "no guest's RAM is mounted here" in run_ckptfs("info", "--registers", tmp_path, code=1).stderr

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -23,6 +24,7 @@ from tests.doubles.migration_file import MigrationFile
 from tests.live.machines import SMALL, LiveCheckpoint, LiveCheckpoints, goes_on
 from tests.mount.decode import decode
 from tests.mount.harness import BIN, Mounted
+from tests.qemu.firmware import write_rom
 from tests.qemu.guest import KERNEL_COMMAND_LINE, Guest
 from tests.qemu.machine import Qemu
 
@@ -221,6 +223,27 @@ def test_it_needs_to_be_told_nothing(remembered: Path, tmp_path: Path) -> None:
         process.wait()
 
 
+def test_a_machine_that_had_left_its_directory(tmp_path: Path) -> None:
+    write_rom(tmp_path / "rom")
+    command = [
+        "qemu-system-x86_64", "-nodefaults", "-display", "none", "-m", "16M", "-bios", "rom",
+        "-serial", "file:serial", "-qmp", "unix:qmp,server=on,wait=off", "-daemonize", "-pidfile", "pid",
+    ]  # fmt: skip
+    subprocess.run(command, cwd=tmp_path, check=True)
+    pid = int((tmp_path / "pid").read_text())
+    pidfd = os.pidfd_open(pid)
+    try:
+        subprocess.run([CKPTFS, "save", "--quiet", "--qmp", "qmp", "vm"], cwd=tmp_path, check=True)
+    finally:
+        signal.pidfd_send_signal(pidfd, signal.SIGKILL)
+        select.select([pidfd], [], [])
+        os.close(pidfd)
+    (tmp_path / "serial").unlink()
+    with subprocess.Popen([CKPTFS, "run", "vm"], cwd=tmp_path) as process:
+        wait_until(lambda: (tmp_path / "serial").exists() and (tmp_path / "serial").stat().st_size > 0)
+        process.kill()
+
+
 def test_what_a_start_touches_is_kept(remembered: Path, tmp_path: Path) -> None:
     kept = remembered.with_name("vm.working-set")
     process = subprocess.Popen([CKPTFS, "run", "--record", "2", remembered], stderr=subprocess.PIPE, text=True)
@@ -251,7 +274,8 @@ def test_clones_of_what_is_remembered(remembered: Path, tmp_path: Path) -> None:
 def test_a_file_that_others_may_write_says_no_command(remembered: Path) -> None:
     try:
         remembered.chmod(0o666)
-        assert "others may write it (mode 0o666): chmod go-w; `ckptfs run --show` prints" in refusal(remembered)
+        words = f"{remembered}: others may write it (mode 0o666): chmod go-w; `ckptfs run --show` prints"
+        assert refusal(remembered).startswith(words)
         shown = subprocess.run([CKPTFS, "run", "--show", remembered], capture_output=True, text=True, check=True)
     finally:
         remembered.chmod(0o600)

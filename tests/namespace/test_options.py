@@ -170,6 +170,12 @@ def test_what_is_for_mount_is_ignored(text: str) -> None:
             "shared=pc.ram:/dev/shm/vm1",
         ),
         ("multifd-chanels=1", "mount option 'multifd-chanels=1': no such option (did you mean multifd_channels?)"),
+        ("offset=4k", "mount option 'offset=4k': mount(8) keeps it for loop devices: say image_offset=4k"),
+        (
+            "max_bandwidth=x",
+            "mount option 'max_bandwidth=x': Invalid size x: expects bytes (4096, 0x1000), or a suffix k, M, G, T,"
+            " P or E (512M, 1.5G)",
+        ),
         ("rma=pc.ram:1G", "mount option 'rma=pc.ram:1G': no such option (did you mean ram?)"),
         ("fail", "mount option 'fail': no such option"),
         ("=x", "mount option '=x': no such option"),
