@@ -12,6 +12,7 @@ from pathlib import Path
 import shtab
 
 from ckptfs.cli import ckptfs, mount
+from ckptfs.namespace.options import OPTIONS
 
 PLACES = {
     "bash": "bash-completion/completions/{}",
@@ -22,6 +23,35 @@ PLACES = {
 
 _FILES = ("FILE", "SPEC", "SOCKET", "TARGET", "OUT", "PATH", "PROGRAM", "NAMESPACE")
 """Parts of the metavars of arguments that are files."""
+
+_NAMES = [option.name + ("=" if option.value else "") for option in OPTIONS]
+
+_MOUNT_OPTIONS = {
+    "bash": "_ckptfs_mount_options",
+    "zsh": "_ckptfs_mount_options",
+    "fish": "(_ckptfs_mount_options)",
+    "preamble": {
+        "bash": f"""
+_ckptfs_mount_options() {{
+  local before=""
+  [[ $1 != *,* ]] || before="${{1%,*}},"
+  compgen -P "$before" -W "{" ".join(_NAMES)}" -- "${{1##*,}}"
+}}
+""",
+        "zsh": f"""
+_ckptfs_mount_options() {{
+  _values -s , 'mount option' {" ".join(name.replace("=", ":value:") for name in _NAMES)}
+}}
+""",
+        "fish": f"""
+function _ckptfs_mount_options
+  set before (string replace -r '[^,]*$' '' -- (commandline -ct))
+  printf "$before%s\\n" {" ".join(_NAMES)}
+end
+""",
+    },
+}
+"""Words of a list with commas between: what stands before the last comma stays."""
 
 
 def main(directory: str) -> None:
@@ -48,7 +78,9 @@ def _all_parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentP
 def _name_files(parser: argparse.ArgumentParser) -> None:
     for action in parser._actions:
         metavar = action.metavar if isinstance(action.metavar, str) else ""
-        if any(part in metavar for part in _FILES):
+        if "OPT[,OPT...]" in metavar:
+            action.complete = _MOUNT_OPTIONS  # type: ignore[attr-defined]
+        elif any(part in metavar for part in _FILES):
             action.complete = shtab.FILE  # type: ignore[attr-defined] # as shtab has it
         elif "DIR" in metavar:
             action.complete = shtab.DIRECTORY  # type: ignore[attr-defined]

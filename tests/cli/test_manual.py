@@ -176,6 +176,8 @@ def test_bash_completes(share: Path, tmp_path: Path) -> None:
     assert completed(share, tmp_path, "ckptfs info vm") == {"vm1", "vm1.ckpt"}
     assert completed(share, tmp_path, "mount.ckptfs vm") == {"vm1", "vm1.ckpt"}
     assert completed(share, tmp_path, "mount.ckptfs vm1.ckpt vm") == {"vm1"}
+    assert completed(share, tmp_path, "mount.ckptfs vm1.ckpt vm1 -o r") == {"ram=", "ro", "rw", "region="}
+    assert completed(share, tmp_path, "mount.ckptfs vm1.ckpt vm1 -o ro,qm") == {"ro,qmp="}
 
 
 def test_all_shells_have_all_commands(share: Path) -> None:
