@@ -8,9 +8,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import obstore
 import pytest
 from botocore.exceptions import ClientError
 
+from ckptfs.channels.backing_file import pwrite_all
+from ckptfs.channels.identity import Identity
+from ckptfs.channels.stores.object_file import find_object
+from ckptfs.channels.stores.upload import ObjectTarget
+from ckptfs.channels.version import ObjectVersion
+from ckptfs.errors import StateError, StorageError
+from ckptfs.migration.address import ObjectAddress
+from ckptfs.migration.store import StoreOptions
 from tests.live.machines import SMALL, LiveCheckpoints, goes_on
 from tests.mount.conftest import Mount
 from tests.mount.harness import DEADLINE, Mounted
@@ -226,3 +235,39 @@ def test_a_store_that_refuses_a_part_fails_the_save(
         saved.ctl("save")
     assert failed.value.errno == errno.ENOSPC
     assert seaweed.uploads(bucket) == []
+
+
+def other_store(url: str) -> ObjectTarget:
+    """A save as to a store that is none of S3, which have to do with less; the judge is the same server."""
+    target = ObjectTarget(ObjectAddress(url), StoreOptions(), Identity.of_daemon(), None)
+    target._upload = None
+    pwrite_all(target.file.fd, b"QEVM" + bytes(20 * MiB - 4), 0)
+    return target
+
+
+def test_a_store_that_is_none_of_s3_takes_a_save_unless_somebody_has_changed_the_object(
+    seaweed: Seaweed, bucket: str, relay: Relay, tmp_path: Path
+) -> None:
+    first = other_store(f"s3://{bucket}/vm1")
+    first.publish()
+    assert unpack(seaweed.get(bucket, "vm1"), tmp_path / "unpacked").stat().st_size == 20 * MiB
+    assert isinstance(first.published, ObjectVersion)
+    assert first.published.etag == etag(seaweed, bucket, "vm1")
+    second, third = other_store(first.path), other_store(first.path)
+    second.publish()
+    with pytest.raises(StateError, match="somebody else has changed it"):
+        third.publish()
+    third.discard()
+    assert etag(seaweed, bucket, "vm1") == getattr(second.published, "etag", None)
+    assert seaweed.uploads(bucket) == []
+
+
+def test_a_library_that_panics_ends_no_daemon(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    panic = type("PanicException", (BaseException,), {})
+
+    def head(*_: object) -> None:
+        raise panic("called `Option::unwrap()` on a `None` value")
+
+    monkeypatch.setattr(obstore, "head", head)
+    with pytest.raises(StorageError, match="vm1: obstore has failed: called"):
+        find_object(ObjectAddress(f"s3://{bucket}/vm1"), StoreOptions())

@@ -137,6 +137,10 @@ class Object:
             raise
         except (BaseError, FileNotFoundError) as error:
             raise explain(self.url, error) from None
+        except BaseException as error:
+            if type(error).__name__ == "PanicException":  # of Rust: a class that can't be named, and no Exception
+                raise StorageError(f"{self.url}: obstore has failed: {error}") from None
+            raise
 
 
 def _open_store(address: ObjectAddress, options: StoreOptions) -> "ObjectStore":

@@ -120,7 +120,8 @@ class ObjectTarget:
             for start in range(0, tar.length, part_size):
                 go_on()
                 yield tar.read(start, min(start + part_size, tar.length))
-            refuse_changed()
+            with ThreadPoolExecutor(1) as thread:  # the store can't be asked in this one, which obstore waits in
+                thread.submit(refuse_changed).result()
             commit()
 
         self._object.put_parts(parts(), part_size)
