@@ -53,6 +53,8 @@ def _parse(words: list[str]) -> argparse.Namespace:
     if not words[0].startswith("-") and words[0] not in names:
         likely = get_close_matches(words[0], names, 1)
         whole.error(f"there is no command {words[0]!r}" + (f", did you mean {likely[0]!r}?" if likely else ""))
+    if "" in words and words[0] != "run":  # QEMU takes some
+        whole.error("an argument is empty: is a variable of your script not set?")
     return whole.parse_args(words)
 
 

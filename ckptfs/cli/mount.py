@@ -102,7 +102,10 @@ def _options_help() -> str:
 
 def main() -> int:
     """Run mount.ckptfs; returns mount(8)'s exit code."""
-    arguments = parser().parse_args()
+    whole = parser()
+    arguments = whole.parse_args()
+    if not arguments.spec or not arguments.directory:
+        whole.error("SPEC or DIR is empty: is a variable of your script not set?")
     try:
         options = parse_options(arguments.options, sloppy=arguments.sloppy)
         spec = _parse_spec(arguments.spec, options)

@@ -15,11 +15,12 @@ from ckptfs.api.status import Status, is_dead_mount, read_status
 from ckptfs.cli.control import perform, wait_until_idle
 from ckptfs.cli.progress import Lines, display_for, tell
 from ckptfs.errors import CkptfsError, StateError
+from ckptfs.migration.size import format_size
+from ckptfs.namespace.status import counted
 
 EXIT_MOUNT = 32
 """As umount(8) has it."""
 
-MiB = 1 << 20
 _PATIENCE = 1.0
 """Seconds of waiting for the daemon that need no words."""
 
@@ -37,7 +38,9 @@ def run(arguments: argparse.Namespace) -> int:
     elif status["state"] == "saving":
         wait_until_idle(directory, display)
     status = read_status(directory)
-    _umount_and_wait(directory, status, quiet=arguments.quiet)
+    _umount_and_wait(directory, status, quiet=arguments.quiet or arguments.json)
+    if arguments.json:
+        tell(arguments, f"unmounted, {_dropped(status)} not saved" if status["written-pages"] else "unmounted")
     return 0
 
 
@@ -87,9 +90,8 @@ def _umount_and_wait(directory: str, status: Status, *flags: str, quiet: bool = 
 
 
 def _dropped(status: Status) -> str:
-    count = status["written-pages"]
     length = sum(block["written-pages"] * block["page-size"] for block in status["blocks"])
-    return f"{count} written page{'s' if count > 1 else ''} ({length / MiB:.1f} MiB)"
+    return f"{counted(status['written-pages'], 'written page')} ({format_size(length)})"
 
 
 def _open_daemon(pid: int) -> int | None:

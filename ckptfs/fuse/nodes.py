@@ -80,3 +80,8 @@ class Nodes:
         node = self.tree.lookup(parent_inode, name)
         assert node is not None
         return node
+
+    def remove(self, node: Node) -> None:
+        """Take away a RAM block that never got a size. Raises StateError (EPERM) for any other."""
+        self._guest.remove_block(node.subject)
+        self._tree.remove_block(node)

@@ -151,6 +151,11 @@ class Opening:
         elif node.kind not in (NodeKind.CTL, NodeKind.PARAMETER, NodeKind.CAPABILITY):
             raise CommandError(f"{node.name!r} has no size to set", errno.EPERM)
 
+    async def refuse_in_use(self, node: Node) -> None:
+        """Raise StateError (EBUSY) if anybody has the file of a RAM block open."""
+        if await self._ram_files.in_use(node.inode):
+            raise StateError(f"{node.subject}: somebody has it open")
+
     def _user_of(self, pid: int) -> _FindUser:
         return partial(ram_users, pid)
 

@@ -183,7 +183,18 @@ class Operations(pyfuse3.Operations):
         """Names and links are the mount's own; without a handler the kernel would say ENOSYS."""
         raise FUSEError(errno.EPERM)
 
-    mknod = mkdir = symlink = link = rename = unlink = rmdir = _not_permitted
+    mknod = mkdir = symlink = link = rename = rmdir = _not_permitted
+
+    @_translated
+    async def unlink(self, parent_inode: InodeT, name: bytes, ctx: RequestContext) -> None:
+        """Take back a RAM block of a fresh guest that was made by mistake: it has no size."""
+        node = self._nodes.tree.lookup(parent_inode, name)
+        if node is None:
+            raise FUSEError(errno.ENOENT)
+        if node.kind is not NodeKind.RAM:
+            raise FUSEError(errno.EPERM)
+        await self._opening.refuse_in_use(node)
+        self._nodes.remove(node)
 
     # ---- open files --------------------------------------------------------------------------------
 

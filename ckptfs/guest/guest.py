@@ -144,6 +144,13 @@ class Guest:
         self._refuse_fixed(idstr)
         self._blocks[idstr] = GuestBlock(idstr, self._page_count(idstr, used_length), self.page_size)
 
+    def remove_block(self, idstr: str) -> None:
+        """Forget a block that never got a size. Raises StateError (EPERM) for one that has pages."""
+        if self.blocks[idstr].used_length:
+            raise StateError(f"{idstr}: is RAM of the guest, which can't be removed", errno.EPERM)
+        self._refuse_fixed(idstr)
+        self._blocks.pop(idstr).close()
+
     def give_size(self, idstr: str, used_length: int, *, in_use: bool) -> None:
         """Give a block of a fresh guest its size in bytes, once and for good.
 

@@ -191,7 +191,9 @@ def empty_image(blocks: Sequence[tuple[str, int]], page_size: int = DEFAULT_PAGE
         if not 0 < len(encode_idstr(idstr)) <= 255 or "\0" in idstr:
             raise CheckpointError(f"RAM block name {quote_idstr(idstr)} is not 1 to 255 bytes without a NUL")
         if used_length == 0:  # QEMU's list of blocks ends when their lengths add up: it would not see a last one
-            raise CheckpointError(f"RAM block {quote_idstr(idstr)} has no pages: give it a size (truncate -s SIZE)")
+            raise CheckpointError(
+                f"RAM block {quote_idstr(idstr)} has no pages: give it a size (truncate -s SIZE), or rm it"
+            )
         if used_length % page_size:
             raise CheckpointError(f"RAM block {quote_idstr(idstr)}: {used_length} is not a multiple of {page_size}")
     machine = "none"

@@ -126,7 +126,8 @@ FILES = (
         "rw",
         "A RAM block. The file has the size of the block, and st_blocks says how much is stored. Use it with"
         " read, write, mmap (private and shared), fsync and O_DIRECT. Writes never change the checkpoint that the"
-        " RAM came from; `save` writes a new one. In a new guest, `truncate -s 1G DIR/ram/pc.ram` makes a block.",
+        " RAM came from; `save` writes a new one. In a new guest, `truncate -s 1G DIR/ram/pc.ram` makes a block;"
+        " `rm` takes it back as long as it has no size.",
     ),
     ("pages/NAME", "r", "The state of its pages, one byte per page."),
     ("parameters/NAME", "rw", "The value of a migration parameter. Bandwidths are in bytes per second."),
@@ -146,8 +147,8 @@ class Tree:
     """The nodes of one mount.
 
     ``has_vmstate``, ``has_save_image`` and views may change while mounted: a live checkpoint brings device state. A
-    block's node stays once it is there. Permissions are those that ``umask`` leaves; a read-only mount has no
-    writable RAM.
+    block's node stays once the block has a size. Permissions are those that ``umask`` leaves; a read-only mount has
+    no writable RAM.
     """
 
     def __init__(
@@ -167,12 +168,17 @@ class Tree:
         self._umask = umask
         self._nodes: dict[int, Node] = {}
         self._children: dict[int, dict[bytes, Node]] = {}
-        self.block_count = 0
+        self._block_inodes = count(_FIRST_BLOCK_INODE, 2)
         self._ctl_inodes = count(_FIRST_CTL_INODE)
         for node in _FIXED:
             self._add(node)
         for idstr in idstrs:
             self.add_block(idstr)
+
+    @property
+    def block_count(self) -> int:
+        """How many blocks have their files here."""
+        return len(self._children[RAM.inode])
 
     def add_block(self, idstr: str) -> Node:
         """Add a block's ram/ and pages/ files, and return the node of the former.
@@ -182,12 +188,16 @@ class Tree:
         name = encode_name(idstr)
         if name in self._children[RAM.inode]:
             raise StateError(f"RAM block {idstr!r} already exists", EEXIST)
-        inode = _FIRST_BLOCK_INODE + 2 * self.block_count
-        self.block_count += 1
+        inode = next(self._block_inodes)
         node = Node(inode, RAM.inode, name, NodeKind.RAM, idstr)
         self._add(node)
         self._add(Node(inode + 1, PAGES.inode, name, NodeKind.PAGES, idstr))
         return node
+
+    def remove_block(self, node: Node) -> None:
+        """Take away both files of the block that ``node`` in ram/ is."""
+        for directory in (RAM, PAGES):
+            del self._nodes[self._children[directory.inode].pop(node.name).inode]
 
     def set_views(self, names: Iterable[str], generation: int) -> None:
         """From now on these are the views; of another ``generation`` they are other files."""

@@ -35,4 +35,6 @@ def test_wrong_usage(run_ckptfs: RunCkptfs) -> None:
         run_ckptfs("sav", code=2).stderr == f"ckptfs: there is no command 'sav', did you mean 'save'? {help_tells}"
     )
     assert "required: DIR (ckptfs restore --help tells more)" in run_ckptfs("restore", code=2).stderr
+    for words in ("save", "DIR", ""), ("umount", ""), ("info", "FILE", ""):
+        assert "an argument is empty" in run_ckptfs(*words, code=2).stderr
     assert run_ckptfs(code=2).stderr == run_ckptfs("--help").stdout

@@ -48,17 +48,24 @@ def assert_free(mounted: Mounted, storage: Path) -> None:
 
 def test_what_is_dropped_is_told(written: Mounted, storage: Path, run_ckptfs: RunCkptfs) -> None:
     result = run_ckptfs("umount", written.path)
-    assert result.stderr == f"{written.path}: 2048 written pages (8.0 MiB) not saved\n"
+    assert result.stderr == f"{written.path}: 2048 written pages (8 MiB) not saved\n"
     assert os.listdir(storage) == []
+    assert_free(written, storage)
+
+
+def test_what_is_dropped_as_json(written: Mounted, storage: Path, run_ckptfs: RunCkptfs) -> None:
+    result = run_ckptfs("umount", "--json", written.path)
+    assert json.loads(result.stdout) == {"answer": "unmounted, 2048 written pages (8 MiB) not saved"}
+    assert result.stderr == ""
     assert_free(written, storage)
 
 
 def test_umount_with_save(written: Mounted, storage: Path, run_ckptfs: RunCkptfs) -> None:
     ram = (written.ram / "pc.ram").read_bytes()
     result = run_ckptfs("umount", "--save", "--json", written.path)
-    *_, answer = map(json.loads, result.stdout.splitlines())
-    assert answer["answer"].startswith(f"saved {storage}/vm")
-    assert "not saved" not in result.stderr
+    *_, saved, unmounted = map(json.loads, result.stdout.splitlines())
+    assert saved["answer"].startswith(f"saved {storage}/vm")
+    assert unmounted == {"answer": "unmounted"}
     assert decode(storage / "vm").blocks["pc.ram"].tobytes() == ram
     assert_free(written, storage)
 

@@ -200,6 +200,8 @@ def test_a_sloppy_mount_passes_over_what_it_does_not_know(mount_point: Path, tmp
 
 def test_wrong_arguments() -> None:
     assert run_mount("one", "two", flags=("three",)).returncode == USAGE
+    for words in ("", "two"), ("one", ""):  # the present directory is no mount point by mistake
+        assert "is a variable of your script not set?" in run_mount(*words, "ram=pc.ram:1M").stderr
 
 
 def test_no_mount_point(tmp_path: Path) -> None:

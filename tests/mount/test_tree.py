@@ -158,6 +158,30 @@ def test_truncate_makes_a_block_of_a_fresh_guest(fresh: Mounted, tmp_path: Path)
     assert blocks["vga.vram"][:4].tobytes() == b"vga\0"
 
 
+def test_a_block_that_never_got_a_size_can_be_removed(fresh: Mounted, tmp_path: Path) -> None:
+    slip = fresh.ram / "slip"
+    slip.touch()
+    with pytest.raises(OSError, match=r"has no pages: give it a size .*, or rm it"):
+        fresh.ctl("save")
+    with slip.open("rb"), pytest.raises(OSError, match="busy") as caught:
+        slip.unlink()
+    assert caught.value.errno == errno.EBUSY
+    slip.unlink()
+    assert [path.name for path in fresh.ram.iterdir()] == ["pc.ram"]
+    assert [path.name for path in (fresh.path / "pages").iterdir()] == ["pc.ram"]
+    assert not slip.exists()
+    for name, length in (("vga.vram", MiB), ("slip", 2 * MiB)):
+        (fresh.ram / name).touch()
+        os.truncate(fresh.ram / name, length)
+    with pytest.raises(PermissionError):
+        slip.unlink()
+    fresh.ctl("save")
+    with pytest.raises(PermissionError):
+        slip.unlink()
+    sizes = {idstr: len(ram) for idstr, ram in decode(tmp_path / "checkpoint").blocks.items()}
+    assert sizes == {"pc.ram": 16 * MiB, "vga.vram": MiB, "slip": 2 * MiB}
+
+
 def test_ram_ends_where_it_ends(fresh: Mounted) -> None:
     with (fresh.ram / "pc.ram").open("r+b", buffering=0) as file:
         assert os.pwrite(file.fileno(), b"abcd", 16 * MiB - 2) == 2
