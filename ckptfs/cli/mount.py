@@ -1,7 +1,7 @@
 """mount.ckptfs: mount the RAM of a guest, by hand or as the helper of mount(8)."""
 
 import argparse
-import contextlib
+import ctypes
 import errno
 import grp
 import logging
@@ -45,6 +45,9 @@ from ckptfs.migration.capabilities import CAPABILITIES
 from ckptfs.migration.capture import CaptureOptions
 from ckptfs.migration.parameters import PARAMETERS
 from ckptfs.namespace.options import OPTIONS, MountOptions, parse_options
+
+_CLONE_FS = 0x200
+_CLONE_NEWNS = 0x20000
 
 EXIT_USAGE = 1
 EXIT_SYSTEM = 2
@@ -115,9 +118,9 @@ def main() -> int:
         print(f"mount.ckptfs: {error}", file=sys.stderr)
         return EXIT_USAGE
     try:
+        directory = os.path.abspath(arguments.directory)
         if arguments.N:
             _enter_namespace(arguments.N)
-        directory = os.path.abspath(arguments.directory)
         _check_mount_point(directory)
         _wait_for_saves(spec)
     except (CkptfsError, OSError) as error:
@@ -356,15 +359,17 @@ def _is_ckptfs(device: int) -> bool:
 
 
 def _enter_namespace(path: str) -> None:
-    """mount(8) -N: everything from here on happens in another mount namespace."""
-    with contextlib.suppress(AttributeError):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
-            os.setns(fd, os.CLONE_NEWNS)  # type: ignore[attr-defined,unused-ignore] # Python 3.12
-        finally:
-            os.close(fd)
-        return
-    raise CommandError("-N needs Python 3.12 or later")
+    """mount(8) -N: everything from here on happens in another mount namespace, and from its root directory.
+
+    Threads of libraries have our root and working directory as well, until unshare(2); setns(2) would refuse that.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)  # os.setns is in Python 3.12 and later
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if libc.unshare(_CLONE_FS) or libc.setns(fd, _CLONE_NEWNS):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), path)
+    finally:
+        os.close(fd)
 
 
 if __name__ == "__main__":

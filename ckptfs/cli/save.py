@@ -12,7 +12,7 @@ from ckptfs.channels.identity import Identity
 from ckptfs.channels.nursery import open_nursery
 from ckptfs.cli import operate
 from ckptfs.cli.progress import CANCELLING, Display, display_for, tell
-from ckptfs.errors import CommandError
+from ckptfs.errors import CommandError, StateError
 from ckptfs.fuse.report import query_migrate
 from ckptfs.guest.guest import Guest
 from ckptfs.guest.machine import Machine, Machines
@@ -54,7 +54,10 @@ def run(arguments: argparse.Namespace) -> int:
         if isinstance(address, QMPSocket):
             address = QMPSocket(os.path.abspath(address.path))
         libvirt = arguments.format == "libvirt"
-        answer = trio.run(partial(save_machine, address, target, capture, display, libvirt=libvirt))
+        try:
+            answer = trio.run(partial(save_machine, address, target, capture, display, libvirt=libvirt))
+        except CommandError as error:  # the words were right; what is there is not
+            raise StateError(str(error), error.errno) from None
     tell(arguments, answer)
     return 0
 

@@ -75,6 +75,14 @@ def test_a_save_that_fails(mounted: Mounted, run_ckptfs: RunCkptfs, tmp_path: Pa
     assert run_ckptfs("save", vm, code=1).stderr.startswith(f"{vm}: is a file: name the directory")
 
 
+def test_a_target_of_a_machine_that_is_no_checkpoint(run_ckptfs: RunCkptfs, tmp_path: Path) -> None:
+    (tmp_path / "disk.img").write_bytes(b"precious")
+    for name, words in ("disk.img", "exists and holds no checkpoint"), (".", "is a directory"):
+        result = run_ckptfs("save", "--qmp", tmp_path / "qmp", tmp_path / name, code=1)
+        assert result.stderr.startswith(f"{tmp_path / name}: {words}")
+    assert (tmp_path / "disk.img").read_bytes() == b"precious"
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
 def test_a_save_that_is_interrupted(number: signal.Signals, slow: Mounted, tmp_path: Path) -> None:
     process = start("save", slow.path)

@@ -17,7 +17,15 @@ import pytest
 from tests.doubles.migration_file import Block, MigrationFile
 from tests.mount.conftest import Mount
 from tests.mount.decode import decode
-from tests.mount.harness import BIN, DEADLINE, in_a_mount_namespace, is_mounted, mount_entry, run_mount
+from tests.mount.harness import (
+    BIN,
+    DEADLINE,
+    enter_a_mount_namespace,
+    in_a_mount_namespace,
+    is_mounted,
+    mount_entry,
+    run_mount,
+)
 
 ROOT = Path(__file__).parents[2]
 NOBODY = pwd.getpwnam("nobody")
@@ -98,6 +106,31 @@ def test_several_blocks_of_a_fresh_guest(mount: Mount, tmp_path: Path) -> None:
 def test_fake_mounts_nothing(checkpoint: Path, mount_point: Path) -> None:
     assert run_mount(checkpoint, mount_point, flags=("-f",)).returncode == 0
     assert not is_mounted(mount_point)
+
+
+def test_another_mount_namespace(tmp_path: Path) -> None:
+    """As `mount -N` has its helper do it: relative names are meant from where the caller stands."""
+    (tmp_path / "there").mkdir()
+    elsewhere = subprocess.Popen(["sleep", "infinity"], preexec_fn=enter_a_mount_namespace)
+    try:
+        command = [BIN / "mount.ckptfs", "new", "there", "-N", f"/proc/{elsewhere.pid}/ns/mnt"]
+        result = subprocess.run(
+            [*command, "-o", "ram=pc.ram:1M,log=log"],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE,
+        )
+        assert (result.returncode, result.stderr) == (0, "")
+        assert not is_mounted(tmp_path / "there")
+        script = f"echo save > {tmp_path}/there/ctl && umount {tmp_path}/there"
+        subprocess.run(["nsenter", "--mount", f"--target={elsewhere.pid}", "sh", "-c", script], check=True)
+        assert len(decode(tmp_path / "new").blocks["pc.ram"]) == 1 << 20
+    finally:
+        elsewhere.kill()
+        elsewhere.wait()
+    result = run_mount(tmp_path / "new", tmp_path / "there", flags=("-N", "/etc/passwd"))
+    assert (result.returncode, result.stderr) == (32, "mount.ckptfs: /etc/passwd: Invalid argument\n")
 
 
 def test_a_mount_on_a_mount(mount: Mount, checkpoint: Path, tmp_path: Path) -> None:
