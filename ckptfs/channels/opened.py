@@ -12,14 +12,15 @@ import errno
 import os
 import re
 import stat
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
-from ckptfs.channels.backing_file import FileSource, pread_exactly
+from ckptfs.channels.backing_file import FileSource
+from ckptfs.channels.bulk import BulkReader, new_array
 from ckptfs.channels.stores.object_file import open_object
 from ckptfs.errors import CheckpointError, StorageError
 from ckptfs.foreign.content import Content, read_content
@@ -46,6 +47,10 @@ class Opened:
     content: Content
     of_store: bool = False
     """Whether it is a copy of an object."""
+    _bulk: BulkReader = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_bulk", BulkReader(self.fd))
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -74,12 +79,12 @@ class Opened:
         if self.content.stream is not None:
             return self.content.stream.read_pages(FileSource(self.fd), block.idstr, start, stop).reshape(-1)
         assert block.pages_offset is not None
-        pages = np.empty((stop - start) * page_size, np.uint8)
+        pages = new_array((stop - start) * page_size)
         runs = list(file_bmap.runs(start, stop))
         first, last = runs[0].start, runs[-1].stop
         part = pages[(first - start) * page_size : (last - start) * page_size]
         # One read, over holes and old bytes: that costs less than a read for each run.
-        pread_exactly(self.fd, part.data, block.pages_offset + first * page_size)
+        self._bulk.pread_exactly(part, block.pages_offset + first * page_size)
         position = start
         for run in (*runs, Run(stop, stop)):
             pages[(position - start) * page_size : (run.start - start) * page_size] = 0
@@ -106,6 +111,7 @@ class Opened:
 
     def close(self) -> None:
         """Close the file."""
+        self._bulk.close()
         os.close(self.fd)
 
     def __enter__(self) -> Self:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ckptfs.migration.size import parse_size
-from tests.benchmarks import captures, checksums, daemon, machines, storage, stores
+from tests.benchmarks import captures, checksums, compare, daemon, machines, storage, stores
 from tests.benchmarks.rows import MiB, Row, heading
 from tests.benchmarks.setting import Setting
 from tests.mount.harness import adopt_orphans
@@ -20,6 +20,7 @@ BENCHMARKS: dict[str, Callable[[Setting], Iterator[Row]]] = {
     "random": storage.random,
     "restore": storage.restore,
     "checksums": checksums.checksums,
+    "diff": compare.diff,
     "mount": storage.mount,
     "live": machines.live,
     "running": machines.running,
