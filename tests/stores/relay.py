@@ -58,7 +58,8 @@ class Relay:
                     self.requests.append(request)
                     answer = self.meddle(request)
                     if answer is not None:
-                        client.sendall(answer)
+                        with contextlib.suppress(OSError):
+                            client.sendall(answer)
                         return
                 try:
                     server.sendall(data)

@@ -80,6 +80,13 @@ class Host:
         assert "MD5BAD" not in text
         return [int(number) for number in re.findall(r"^tick (\d+) MD5OK\s", text, re.M)]
 
+    def fetched(self) -> int:
+        """Bytes that were asked of the store."""
+        ranges = (
+            re.search(r"^range: bytes=(\d+)-(\d+)", request.headers, re.M | re.I) for request in self._way.requests
+        )
+        return sum(int(found[2]) + 1 - int(found[1]) for found in ranges if found)
+
     def next_tick(self) -> int:
         """Wait for one that has not been there."""
         count, end = len(self.ticks()), time.monotonic() + DEADLINE
@@ -130,6 +137,7 @@ def test_a_guest_moves_and_counts_on(hosts: tuple[Host, Host], seaweed: Seaweed,
     last = here.ticks()[-1]
     there.run(arrive)
     assert there.next_tick() in (last + 1, last + 2)  # the first may have been cut off by the new serial line
+    assert 0 < there.fetched() < seaweed.client.head_object(Bucket=bucket, Key="vm1")["ContentLength"]
     print(f"stood still for at most {time.monotonic() - stopped:.2f} s, after tick {last}")
     there.next_tick()
     there.run(finish)

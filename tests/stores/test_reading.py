@@ -2,9 +2,9 @@
 
 import mmap
 import os
+import signal
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -173,21 +173,25 @@ def test_a_chunk_that_can_t_be_had_fails_for_its_pages_and_is_had_later(
     assert relay.count("GET") == before + 2
 
 
-@pytest.mark.parametrize("how", ["direct", "buffered", "mapped"])
-def test_a_silent_store_fails_reads_by_the_one_deadline(stored: str, relay: Relay, mount: Mount, how: str) -> None:
+def test_a_silent_store_fails_reads_by_the_one_deadline(stored: str, seaweed: Seaweed, mount: Mount) -> None:
     mounted = mount(f"s3://{stored}/dir/sparse", program=(sys.executable, SHORT_DEADLINE, "2"))
     mounted.expect_log("ERROR: s3://.*: the storage has not answered for 2 s")
     mounted.expect_log(
         "ERROR: pc.ram: pages [0-9]* to [0-9]* can't be read from the checkpoint: .* no answer in 2 s"
     )
-    released = threading.Event()
-    relay.meddle = lambda request: released.wait() and None
-    code, words = ERRORS[how]
-    failed = read(how, mounted, 8 * MiB)
-    assert failed.returncode == code
-    assert words in failed.stderr.decode()
-    assert mounted.status()["storage"].startswith("silent: no answer for pages pc.ram ")
-    released.set()
+    places = dict(zip(ERRORS, (8 * MiB, 24 * MiB, 40 * MiB), strict=True))
+    seaweed.signal(signal.SIGSTOP)
+    try:
+        with ThreadPoolExecutor() as threads:
+            readers = {how: threads.submit(read, how, mounted, place) for how, place in places.items()}
+        for how, (code, words) in ERRORS.items():
+            failed = readers[how].result()
+            assert failed.returncode == code
+            assert words in failed.stderr.decode()
+        assert mounted.status()["storage"].startswith("silent: no answer for pages pc.ram ")
+    finally:
+        seaweed.signal(signal.SIGCONT)
     while mounted.status()["storage"] != "ok":
         pass
-    assert read(how, mounted, 8 * MiB).stdout == CONTENT[8 * MiB : 8 * MiB + PAGE]
+    for how, place in places.items():
+        assert read(how, mounted, place).stdout == CONTENT[place : place + PAGE]

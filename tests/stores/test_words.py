@@ -1,7 +1,6 @@
 """What goes wrong at a store, in words; and no secret in any of them."""
 
 import contextlib
-import signal
 import socket
 import threading
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from tests.mount.decode import PAGE
 from tests.mount.harness import mount_entry, run_mount
 from tests.stores.relay import Relay
 from tests.stores.seaweed import Seaweed
-from tests.stores.test_reading import MiB, read_direct, small
+from tests.stores.test_reading import read_direct, small
 
 
 @pytest.fixture(scope="module")
@@ -138,19 +137,3 @@ def rude(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[bytes]]:
 def test_what_is_no_answer(rude: list[bytes], run_ckptfs: RunCkptfs, answer: bytes, words: str) -> None:
     rude[0] = answer
     assert words in run_ckptfs("info", "s3://b/vm1", code=1).stderr
-
-
-def test_a_server_that_was_killed_gives_data_when_it_is_back(seaweed: Seaweed, stored: str, mount: Mount) -> None:
-    mounted = mount(f"s3://{stored}/vm1")
-    mounted.expect_log("ERROR: pc.ram: page.*(the store can't be reached|the connection to the store broke)")
-    seaweed.signal(signal.SIGSTOP)
-    seaweed.kill()
-    with pytest.raises(OSError, match="Input/output error"):
-        read_direct(mounted.ram / "pc.ram", 8 * MiB)
-    seaweed.start()
-    while True:
-        try:
-            assert read_direct(mounted.ram / "pc.ram", 8 * MiB) == b"a" * PAGE
-        except OSError:
-            continue
-        break
