@@ -110,7 +110,7 @@ class OpenCheckpoint:
 
 
 def open_checkpoint(path: str | os.PathLike[str], *, offset: int = 0, map: Sequence[str] = ()) -> OpenCheckpoint:  # noqa: A002
-    """Open the checkpoint at ``path``: a mapped-ram file or a plain stream, of QEMU or ckptfs.
+    """Open the checkpoint at ``path``: a mapped-ram file or a plain stream, of QEMU, libvirt or ckptfs.
 
     ``offset`` is where in the file it begins, in bytes. ``map`` tells where RAM blocks are in physical memory, as
     the mount option does (``["pc.ram@0+3G", "pc.ram@4G:3G"]``), where the checkpoint does not.

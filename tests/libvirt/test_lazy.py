@@ -10,8 +10,11 @@ import pytest
 from tests.cli.conftest import RunCkptfs
 from tests.libvirt.conftest import NewDomain
 from tests.libvirt.daemon import SHARED, Domain, VirshError, on_mount
+from tests.libvirt.events import PAUSED, RESTORED, lifecycle
 from tests.mount.conftest import Mount
 from tests.mount.harness import Mounted
+
+Step = Callable[[Domain, Mounted], None]
 
 FOR_QEMU = "allow_other,uid=libvirt-qemu"
 
@@ -32,46 +35,70 @@ def mounted(vm: Domain, mount: Mount, tmp_path: Path, run_ckptfs: RunCkptfs) -> 
     vm.remove()
 
 
+def undefine(vm: Domain, mounted: Mounted) -> None:
+    vm.libvirtd.virsh("undefine", "vm")
+
+
 def create(vm: Domain, mounted: Mounted) -> None:
     incoming = ("-incoming", f"file:{mounted.path}/vmstate")
     lazy = replace(vm, backing=SHARED, metadata=on_mount(mounted.path), arguments=incoming)
-    vm.libvirtd.virsh("undefine", "vm")
     vm.libvirtd.virsh("create", lazy.xml())
+
+
+def leave(vm: Domain, mounted: Mounted) -> None:
+    pass
 
 
 def restore(vm: Domain, mounted: Mounted) -> None:
     vm.libvirtd.virsh("restore", mounted.path / "libvirt-save")
 
 
-def start(vm: Domain, mounted: Mounted) -> None:
+def make_managed(vm: Domain, mounted: Mounted) -> None:
     vm.libvirtd.managed.joinpath("vm.save").symlink_to(mounted.path / "libvirt-save")
     vm.libvirtd.restart()
     assert vm.libvirtd.virsh("list", "--all", "--with-managed-save", "--name") == "vm"
+
+
+def start(vm: Domain, mounted: Mounted) -> None:
     vm.libvirtd.virsh("start", "vm")
     assert vm.libvirtd.virsh("list", "--all", "--with-managed-save", "--name") == ""
     assert mounted.path.joinpath("libvirt-save").exists()
 
 
-@pytest.mark.parametrize("resume", [create, restore, start])
+@pytest.mark.parametrize(
+    ("prepare", "resume", "events", "state"),
+    [
+        (undefine, create, {"Started Booted", "Resumed Unpaused"}, "running (booted)"),
+        (leave, restore, RESTORED, "running (restored)"),
+        (make_managed, start, RESTORED, "running (restored)"),
+    ],
+    ids=["create", "restore", "start"],
+)
 def test_resumed_saved_and_resumed_again(
-    vm: Domain, mounted: Mounted, resume: Callable[[Domain, Mounted], None]
+    vm: Domain, mounted: Mounted, prepare: Step, resume: Step, events: set[str], state: str
 ) -> None:
-    resume(vm, mounted)
-    vm.goes_on()
-    assert vm.state().startswith("running")
-    assert re.search(r"users qemu-system-x86 \(\d+, rw\)", (mounted.path / "status").read_text())
-    mounted.ctl("qmp libvirt:vm")
-    assert "pause" in mounted.ctl("save")
-    vm.goes_on()
-    assert vm.state().startswith("running")
+    prepare(vm, mounted)
+    with lifecycle(vm) as told:
+        resume(vm, mounted)
+        vm.goes_on()
+        assert (set(told()), vm.state()) == (events, state)
+        assert re.search(r"users qemu-system-x86 \(\d+, rw\)", (mounted.path / "status").read_text())
+        mounted.ctl("qmp libvirt:vm")
+        assert "pause" in mounted.ctl("save")
+        vm.goes_on()
+        assert (told(), vm.state()) == (PAUSED, "running (unpaused)")
     vm.libvirtd.restart()
-    mounted.ctl("save")
-    vm.goes_on()
-    vm.libvirtd.virsh("destroy", "vm")
-    mounted.ctl("qmp none")
-    mounted.ctl("reset")
-    restore(vm, mounted)
-    vm.goes_on()
+    with lifecycle(vm) as told:
+        mounted.ctl("save")
+        vm.goes_on()
+        assert (told(), vm.state()) == (PAUSED, "running (unpaused)")
+        vm.libvirtd.virsh("destroy", "vm")
+        mounted.ctl("qmp none")
+        mounted.ctl("reset")
+        restore(vm, mounted)
+        vm.goes_on()
+        assert set(told()) >= {"Stopped Destroyed", *RESTORED}
+        assert vm.state() == "running (restored)"
     vm.libvirtd.virsh("destroy", "vm")
     assert list(vm.libvirtd.memory.rglob("pc.ram")) == []
 

@@ -11,6 +11,7 @@ import pytest
 from tests.cli.conftest import RunCkptfs
 from tests.libvirt.conftest import NewDomain
 from tests.libvirt.daemon import Domain, Libvirtd, VirshError
+from tests.libvirt.events import PAUSED, lifecycle
 from tests.mount.conftest import Mount
 from tests.mount.decode import decode
 from tests.mount.harness import BIN
@@ -33,13 +34,14 @@ def save(vm: Domain, path: Path, *options: str) -> subprocess.CompletedProcess[s
 def test_saved_without_a_mount(vm: Domain, tmp_path: Path, capture: str, run_ckptfs: RunCkptfs) -> None:
     """A snapshot if nobody says otherwise: libvirt gives QEMU a /dev/userfaultfd of its own."""
     path = tmp_path / "checkpoint"
-    for _ in range(2):
-        done = save(vm, path, *(("--capture", "precopy") if capture == "precopy" else ()))
-        assert done.returncode == 0, done
-        assert f"captured by {capture}" in done.stdout
-        assert vm.state() == "running (unpaused)"
-        vm.goes_on()
-        steps(decode(path).blocks["pc.ram"], vm.stepper.length)
+    with lifecycle(vm) as told:
+        for _ in range(2):
+            done = save(vm, path, *(("--capture", "precopy") if capture == "precopy" else ()))
+            assert done.returncode == 0, done
+            assert f"captured by {capture}" in done.stdout
+            assert (told(), vm.state()) == (PAUSED, "running (unpaused)")
+            vm.goes_on()
+            steps(decode(path).blocks["pc.ram"], vm.stepper.length)
     told = json.loads(run_ckptfs("info", "--json", path).stdout)
     assert (told["libvirt"]["domain"], told["run-state"]) == ("vm", "running")
     assert told["trailer"]["machine"]["program"].endswith("qemu-system-x86_64")
@@ -83,35 +85,25 @@ def test_saved_from_a_mount(vm: Domain, mount: Mount, tmp_path: Path) -> None:
     path = tmp_path / "checkpoint"
     mounted = mount(path, f"qmp=libvirt:vm,libvirt_uri={vm.libvirtd.uri}")
     assert "qmp waiting libvirt:vm" in (mounted.path / "status").read_text()
-    assert "pause" in mounted.ctl("save")
-    vm.goes_on()
-    mounted.ctl("stop")
-    assert vm.state().startswith("paused")
-    mounted.ctl("save")
-    assert vm.state().startswith("paused")
-    mounted.ctl("cont")
-    assert vm.state() == "running (unpaused)"
-    vm.goes_on()
+    with lifecycle(vm) as told:
+        assert "pause" in mounted.ctl("save")
+        assert (told(), vm.state()) == (PAUSED, "running (unpaused)")
+        vm.goes_on()
+        mounted.ctl("stop")
+        assert (told(), vm.state()) == (["Suspended Paused"], "paused (unknown)")
+        mounted.ctl("save")
+        assert (told(), vm.state()) == ([], "paused (unknown)")
+        mounted.ctl("cont")
+        assert (told(), vm.state()) == (["Resumed Unpaused"], "running (unpaused)")
+        vm.goes_on()
     vm.libvirtd.restart()
     mounted.ctl("qmp none")
     mounted.ctl("qmp libvirt:vm")
-    mounted.ctl("save")
+    with lifecycle(vm) as told:
+        mounted.ctl("save")
+        assert (told(), vm.state()) == (PAUSED, "running (unpaused)")
     vm.goes_on()
-    assert vm.state() == "running (unpaused)"
     steps(decode(path).blocks["pc.ram"], vm.stepper.length)
-
-
-def test_libvirt_tells_of_the_pause_and_of_no_more(vm: Domain, tmp_path: Path) -> None:
-    events = subprocess.Popen(
-        ["virsh", "-c", vm.libvirtd.uri, "event", "--loop", "--event", "lifecycle", "--timeout", "60"],
-        stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert events.stdout is not None
-    with events:
-        assert save(vm, tmp_path / "checkpoint").returncode == 0
-        told = [events.stdout.readline() for _ in range(2)]
-        events.kill()
-    assert [word in line for word, line in zip(("Suspended", "Resumed"), told, strict=True)] == [True, True], told
 
 
 def test_what_can_not_be_is_refused_with_words(libvirtd: Libvirtd, domain: NewDomain, tmp_path: Path) -> None:

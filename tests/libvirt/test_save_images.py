@@ -1,6 +1,7 @@
 """libvirt's save images, in every way that libvirt has to write them: read as they are, or refused by name."""
 
 import json
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import ckptfs
 from tests.cli.conftest import RunCkptfs
 from tests.libvirt.daemon import Domain, Libvirtd
 from tests.mount.conftest import Mount
@@ -26,7 +28,7 @@ SAVES = {
 }
 SNAPSHOTS = {"memspec-raw": "raw", "memspec-sparse": "sparse"}
 PACKED = {"gzip": "gzip", "bzip2": "bzip2", "xz": "xz", "zstd": "zstd"}
-READ = [*SAVES, *SNAPSHOTS]
+READ = [*SAVES, "managed", *SNAPSHOTS]
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,10 @@ def images(libvirtd: Libvirtd, stepper: Stepper) -> Path:
         libvirtd.virsh("save", "vm", directory / name, *options)
         libvirtd.virsh("restore", directory / name)
         vm.goes_on()
+    libvirtd.virsh("managedsave", "vm")
+    shutil.copy(libvirtd.managed / "vm.save", directory / "managed")
+    libvirtd.virsh("start", "vm")
+    vm.goes_on()
     for name, kind in SNAPSHOTS.items():
         libvirtd.configure("qemu", f'snapshot_image_format = "{kind}"')
         libvirtd.restart()
@@ -78,6 +84,28 @@ def test_mounted(images: Path, mount: Mount, stepper: Stepper, name: str) -> Non
     mounted = mount(images / name)
     steps(np.fromfile(mounted.ram / "pc.ram", np.uint8), stepper.length)
     assert "base-run-state running" in (mounted.path / "status").read_text()
+
+
+@pytest.mark.parametrize("name", READ)
+def test_opened_and_verified(images: Path, run_ckptfs: RunCkptfs, stepper: Stepper, name: str) -> None:
+    with ckptfs.open(images / name) as checkpoint:
+        assert checkpoint.run_state == "running"
+        steps(np.asarray(checkpoint.blocks["pc.ram"]), stepper.length)
+        assert ("serial", 0) in checkpoint.devices
+    assert run_ckptfs("verify", images / name).stdout.startswith(f"{images / name}: sound")
+
+
+def test_exported(images: Path, run_ckptfs: RunCkptfs, stepper: Stepper, tmp_path: Path) -> None:
+    run_ckptfs("export", "--format", "raw", images / "sparse", tmp_path / "raw")
+    steps(np.fromfile(tmp_path / "raw", np.uint8, count=16 << 20), stepper.length)
+
+
+def test_made_another_save_image(images: Path, mount: Mount, tmp_path: Path, run_ckptfs: RunCkptfs) -> None:
+    """Its domain is known from the image that is mounted."""
+    mount(images / "raw").ctl(f"save libvirt {tmp_path}/other")
+    for image in (images / "raw", tmp_path / "other"):
+        assert "<name>vm</name>" in run_ckptfs("info", "--xml", image).stdout
+    assert "save image (sparse), was running" in run_ckptfs("info", tmp_path / "other").stdout
 
 
 def test_filled_into_an_empty_mount(images: Path, mount: Mount, stepper: Stepper) -> None:

@@ -10,6 +10,7 @@ from tests.cli.conftest import RunCkptfs
 from tests.doubles.migration_file import MigrationFile
 from tests.libvirt.conftest import NewDomain
 from tests.libvirt.daemon import Domain
+from tests.libvirt.events import PAUSED, RESTORED, lifecycle
 from tests.mount.conftest import Mount
 
 RESTORES = {
@@ -28,8 +29,9 @@ def vm(domain: NewDomain) -> Domain:
 
 
 def restore(vm: Domain, image: Path, *options: str) -> None:
-    vm.libvirtd.virsh("restore", image, *options)
-    assert vm.state() == "running (restored)"
+    with lifecycle(vm) as told:
+        vm.libvirtd.virsh("restore", image, *options)
+        assert (set(told()), vm.state()) == (RESTORED, "running (restored)")
     vm.goes_on()
 
 
@@ -64,19 +66,21 @@ def test_saved_over_as_a_plain_stream(vm: Domain, mount: Mount, tmp_path: Path, 
     told = json.loads(run_ckptfs("info", "--json", image).stdout)
     assert told["libvirt"] == {"domain": "vm", "format": "raw", "was-running": False}
     assert (told["format"], told["run-state"]) == ("precopy", "paused")
-    vm.libvirtd.virsh("restore", image)
-    assert vm.state().startswith("paused")
-    vm.libvirtd.virsh("resume", "vm")
+    with lifecycle(vm) as told:
+        vm.libvirtd.virsh("restore", image)
+        assert (told(), vm.state()) == (["Started Restored", "Suspended Restored"], "paused (migrating)")
+        vm.libvirtd.virsh("resume", "vm")
     vm.goes_on()
 
 
 def test_made_of_a_machine_that_runs(vm: Domain, tmp_path: Path, run_ckptfs: RunCkptfs) -> None:
     """libvirt's own save would have stopped it. Saved once more, over itself, it remains a save image."""
     image, bound = tmp_path / "image", ("--qmp", "libvirt:vm", "--libvirt-uri", vm.libvirtd.uri)
-    run_ckptfs("save", *bound, "--format", "libvirt", image)
-    vm.goes_on()
-    run_ckptfs("save", *bound, image)
-    vm.goes_on()
+    with lifecycle(vm) as told:
+        for options in (("--format", "libvirt"), ()):
+            run_ckptfs("save", *bound, *options, image)
+            assert (told(), vm.state()) == (PAUSED, "running (unpaused)")
+            vm.goes_on()
     assert run_ckptfs("verify", image).stdout.startswith(f"{image}: sound: ")
     vm.libvirtd.virsh("destroy", "vm")
     restore(vm, image)
