@@ -35,14 +35,15 @@ class Machine:
     def look(self) -> None:
         """Note it if the machine has ended: nobody else tells between two saves."""
         if self.ended:
-            self.state, self.run_state = "lost", None
+            self._lose()
 
     @asynccontextmanager
     async def monitor(self) -> AsyncIterator["Monitor"]:
         """Connect to the monitor for as long as this lasts; QemuError if that fails."""
         from ckptfs.qemu.monitors import connected_to  # asyncio is slow to import, and most mounts have no machine
 
-        self.state = "lost" if self.state == "connected" else self.state
+        if self.state == "connected":
+            self._lose()
         async with connected_to(self.address, self.identity) as monitor:
             self.state = "connected"
             started = _start_of(monitor.pid)
@@ -63,7 +64,11 @@ class Machine:
 
     def _note_loss(self, error: QemuError) -> None:
         if error.errno in (errno.EPIPE, errno.ETIMEDOUT):
-            self.state = "lost"
+            self._lose()
+
+    def _lose(self) -> None:
+        """It can't be asked: how its guest stands is not known either."""
+        self.state, self.run_state = "lost", None
 
 
 def _start_of(pid: int) -> str | None:

@@ -242,7 +242,7 @@ async def _disconnect(client: QMPClient) -> None:
     except EOFError:
         pass  # QEMU has ended it
     except Exception as error:  # noqa: BLE001 - whatever the library found
-        log.info("QMP: the connection ended: %s", str(error) or type(error).__name__)
+        log.debug("QMP: the connection ended: %s", str(error) or type(error).__name__)
 
 
 async def _run_in(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> T:
