@@ -14,6 +14,7 @@ from tests.cli.conftest import RunCkptfs
 from tests.libvirt.daemon import Domain, Libvirtd
 from tests.mount.conftest import Mount
 from tests.mount.harness import BIN
+from tests.physical.elf import read_elf
 from tests.qemu.stepper import Stepper, steps
 
 PARALLEL = ("--parallel-channels", "2")
@@ -84,6 +85,12 @@ def test_mounted(images: Path, mount: Mount, stepper: Stepper, name: str) -> Non
     mounted = mount(images / name)
     steps(np.fromfile(mounted.ram / "pc.ram", np.uint8), stepper.length)
     assert "base-run-state running" in (mounted.path / "status").read_text()
+    assert (
+        (mounted.path / "views" / "map")
+        .read_text()
+        .startswith("# known from the CMOS of the machine's clock\n0x0 ")
+    )
+    assert read_elf(mounted.path / "views" / "vmcore").loads[0].physical == 0
 
 
 @pytest.mark.parametrize("name", READ)

@@ -1,5 +1,6 @@
 """Public tools on views/ of a Linux that tells of itself; what needs its symbols is in `make test-tools`."""
 
+import os
 import re
 import subprocess
 import sys
@@ -79,3 +80,37 @@ def test_a_note_that_the_guest_has_forged(saved: SavedGuests, mount: Mount, tmp_
     assert "vmcoreinfo: what lies where the guest said is no VMCOREINFO note" in mounted.status()["views-missing"]
     assert "KERNELOFFSET" not in (views / "map").read_text()
     assert [note.name for note in read_elf(views / "vmcore").notes] == [b"CORE", b"CORE", b"QEMU", b"QEMU"]
+
+
+def test_page_tables_that_the_guest_has_forged(saved: SavedGuests, mount: Mount, tmp_path: Path) -> None:
+    """A table all of whose entries are itself: the walk has an end, that is told, and all else is still shown."""
+    told = saved.told().path
+    with ckptfs.open(told) as checkpoint:
+        table = checkpoint.registers()[0]["cr3"] & ~0xFFF
+        (region,) = [one for one in checkpoint.physical.regions if one.start <= table < one.stop]
+    mounted = mount(told)
+    with (mounted.ram / region.idstr).open("r+b") as ram:
+        ram.seek(region.block_offset + table - region.start)
+        ram.write(512 * (table | 1).to_bytes(8, "little"))
+    mounted.ctl(f"save {tmp_path}/forged")
+    views = mounted.path / "views"
+    assert sorted(path.name for path in views.iterdir()) == ["map", "phys", "vmcore", "vmcoreinfo"]
+    assert "kcore: the page tables of the guest map more than 65534 ranges" in mounted.status()["views-missing"]
+    assert len(read_elf(views / "vmcore").notes) == 5
+
+
+def test_of_a_plain_stream_all_is_the_same(saved: SavedGuests, mount: Mount, tmp_path: Path) -> None:
+    mounted = mount(saved.told().path)
+    mounted.ctl("migrate_set_capability multifd off")
+    mounted.ctl("migrate_set_capability mapped-ram off")
+    mounted.ctl(f"save {tmp_path}/plain")
+    mounted.umount()
+    views = mount(saved.told().path).path / "views", mount(tmp_path / "plain").path / "views"
+    names = [sorted(path.name for path in one.iterdir()) for one in views]
+    assert names[0] == names[1] == ["kcore", "map", "phys", "vmcore", "vmcoreinfo"]
+    for name in names[0]:
+        heads = []
+        for one in views:
+            with (one / name).open("rb") as file:
+                heads.append((file.read(8 << 20), os.fstat(file.fileno()).st_size))
+        assert heads[0] == heads[1], name
