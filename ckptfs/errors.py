@@ -15,6 +15,7 @@ allowed as well and keeps its own errno.
 """
 
 import errno as _errno
+from collections.abc import Iterable
 
 
 class CkptfsError(Exception):
@@ -62,3 +63,10 @@ class StorageError(CkptfsError):
 
 class QemuError(CkptfsError):
     """The QEMU behind the mount refused, failed or went away (default: EIO)."""
+
+
+def likely(word: str, known: Iterable[str]) -> str | None:
+    """Which of the ``known`` words an unknown one may be a slip for; None if it is like none of them."""
+    from difflib import get_close_matches  # slow to import, and few slip
+
+    return next(iter(get_close_matches(word, list(known), 1)), None)

@@ -21,7 +21,6 @@ import numpy.typing as npt
 
 from ckptfs.channels.backing_file import FileSource
 from ckptfs.channels.bulk import BulkReader, new_array
-from ckptfs.channels.stores.object_file import open_object
 from ckptfs.errors import CheckpointError, StorageError
 from ckptfs.foreign.content import Content, read_content
 from ckptfs.mapped_ram.bitmap import PagesBitmap, Run
@@ -147,6 +146,8 @@ def open_file(path: str, stream_offset: int = 0, *, whole: bool = True) -> Opene
 
 def _open_object(url: str, whole: bool) -> Opened:
     """The store is the one that the environment tells of."""
+    from ckptfs.channels.stores.object_file import open_object  # slow to import, and files do without
+
     file = open_object(ObjectAddress(url), StoreOptions())
     try:
         content = read_content(file.source())

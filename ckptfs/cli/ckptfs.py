@@ -4,12 +4,11 @@ import argparse
 import os
 import signal
 import sys
-from difflib import get_close_matches
 from typing import NoReturn
 
 from ckptfs import __version__
 from ckptfs.cli.commands import COMMANDS
-from ckptfs.errors import CkptfsError, CommandError
+from ckptfs.errors import CkptfsError, CommandError, likely
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -51,8 +50,8 @@ def _parse(words: list[str]) -> argparse.Namespace:
         whole.print_help(sys.stderr)
         sys.exit(EXIT_USAGE)
     if not words[0].startswith("-") and words[0] not in names:
-        likely = get_close_matches(words[0], names, 1)
-        whole.error(f"there is no command {words[0]!r}" + (f", did you mean {likely[0]!r}?" if likely else ""))
+        found = likely(words[0], names)
+        whole.error(f"there is no command {words[0]!r}" + (f", did you mean {found!r}?" if found else ""))
     if "" in words and words[0] != "run":  # QEMU takes some
         whole.error("an argument is empty: is a variable of your script not set?")
     return whole.parse_args(words)

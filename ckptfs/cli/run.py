@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -243,7 +242,9 @@ def _run_recorded(path: str, fd: int, qemu: QEMU, descriptors: Sequence[int], se
 def _run_clones(
     opened: Opened, qemu: QEMU, descriptors: Sequence[int], directory: str | None, arguments: argparse.Namespace
 ) -> None:
-    from ckptfs.cli.clones import run_clones  # trio is slow to import
+    import tempfile  # slow to import, as trio is
+
+    from ckptfs.cli.clones import run_clones
 
     directory = directory or tempfile.mkdtemp(prefix="ckptfs-clones-")
     os.makedirs(directory, exist_ok=True)

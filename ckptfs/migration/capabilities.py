@@ -6,10 +6,9 @@ own rules come first, in its order and words; then what cannot be carried out he
 """
 
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
 from typing import Any
 
-from ckptfs.errors import CommandError, StateError
+from ckptfs.errors import CommandError, StateError, likely
 
 
 @dataclass(frozen=True)
@@ -187,8 +186,8 @@ _NEEDS = [
 def find_capability(name: str) -> Capability:
     """The capability of that name; raises CommandError, as QEMU does, and names the likely one."""
     if name not in CAPABILITIES:
-        likely = get_close_matches(name, CAPABILITIES, 1)
-        hint = f"did you mean {likely[0]}?" if likely else "'info migrate_capabilities' lists all"
+        found = likely(name, CAPABILITIES)
+        hint = f"did you mean {found}?" if found else "'info migrate_capabilities' lists all"
         raise CommandError(f"invalid parameter value: {name} ({hint})")
     return CAPABILITIES[name]
 

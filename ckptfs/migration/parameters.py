@@ -7,11 +7,10 @@ defaults are QEMU's but for multifd-channels, direct-io and max-bandwidth: what 
 
 import re
 from dataclasses import Field, dataclass, field, fields, replace
-from difflib import get_close_matches
 from enum import Enum, StrEnum
 from typing import Any
 
-from ckptfs.errors import CommandError, StateError
+from ckptfs.errors import CommandError, StateError, likely
 from ckptfs.migration.size import OUT_OF_RANGE, SIZE_MAX, MiB, parse_size
 
 ParameterValue = int | bool | str
@@ -419,7 +418,7 @@ PARAMETERS: dict[str, Parameter] = {
 def find_parameter(name: str) -> Parameter:
     """The parameter of that name; raises CommandError, as QEMU does, and names the likely one."""
     if name not in PARAMETERS:
-        likely = get_close_matches(name, PARAMETERS, 1)
-        hint = f"did you mean {likely[0]}?" if likely else "'info migrate_parameters' lists all"
+        found = likely(name, PARAMETERS)
+        hint = f"did you mean {found}?" if found else "'info migrate_parameters' lists all"
         raise CommandError(f"invalid parameter value: {name} ({hint})")
     return PARAMETERS[name]

@@ -5,13 +5,12 @@ dataclass; nothing below looks at its text again.
 """
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from difflib import get_close_matches
 from enum import Enum, StrEnum
 from textwrap import fill
 
-from ckptfs.errors import CommandError
+from ckptfs.errors import CommandError, likely
 from ckptfs.migration.address import (
     MonitorAddress,
     SeekableAddress,
@@ -203,7 +202,7 @@ def parse_command(text: bytes) -> Command:
     if name in _ONLY_QEMUS:
         raise CommandError(f"{name!r} is a command of QEMU's monitor, not of ctl: {_ONLY_QEMUS[name]}")
     if grammar is None:
-        raise CommandError(f"unknown command {name!r}{_likely(name, COMMANDS)}: 'help' lists all")
+        raise CommandError(f"unknown command {name!r}{_did_you_mean(name, COMMANDS)}: 'help' lists all")
     try:
         return grammar.parse(rest.strip())
     except _UsageError:
@@ -215,7 +214,7 @@ def help_text(word: str | None = None) -> str:
     if word is None:
         return "".join(f"{_usage(grammar)}\n" for grammar in GRAMMAR)
     if word not in COMMANDS:
-        raise CommandError(f"unknown command {word!r}{_likely(word, COMMANDS)}: 'help' lists all")
+        raise CommandError(f"unknown command {word!r}{_did_you_mean(word, COMMANDS)}: 'help' lists all")
     grammar = COMMANDS[word]
     return f"{_usage(grammar)}\n{grammar.meaning}\n"
 
@@ -260,9 +259,9 @@ def _words(rest: str) -> list[str]:
         raise CommandError(f"{error} in {rest!r}: quote as in a shell") from None
 
 
-def _likely(word: str, words: object) -> str:
-    likely = get_close_matches(word.lower(), list(words), 1)  # type: ignore[call-overload]
-    return f" (did you mean {likely[0]!r}?)" if likely else ""
+def _did_you_mean(word: str, words: Iterable[str]) -> str:
+    found = likely(word.lower(), words)
+    return f" (did you mean {found!r}?)" if found else ""
 
 
 def _usage(grammar: Grammar) -> str:
@@ -310,7 +309,7 @@ def _parse_save(rest: str) -> Command:
 def _save_target(word: str) -> SeekableAddress:
     """A URI or a path; a path has a slash, so that a misspelt word does not become a file's name."""
     if "/" not in word and ":" not in word:
-        hint = _likely(word, _SAVE_SWITCHES) or f": a file of that name is './{word}'"
+        hint = _did_you_mean(word, _SAVE_SWITCHES) or f": a file of that name is './{word}'"
         raise CommandError(f"save does not know {word!r}{hint}")
     return seekable_file(parse_target(word))
 
@@ -392,7 +391,9 @@ def _parse_info(rest: str) -> Command:
     if not rest:
         raise _UsageError
     if rest not in topics:
-        raise CommandError(f"info does not know {rest!r}{_likely(rest, topics)}: it knows {', '.join(topics)}")
+        raise CommandError(
+            f"info does not know {rest!r}{_did_you_mean(rest, topics)}: it knows {', '.join(topics)}"
+        )
     return Info(topics[rest])
 
 

@@ -7,10 +7,9 @@ registries. ``_`` and ``-`` are the same in a name. A comma inside a value is wr
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from uuid import UUID
 
-from ckptfs.errors import CommandError
+from ckptfs.errors import CommandError, likely
 from ckptfs.migration.address import FILE_OFFSET_MAX, MonitorAddress, parse_monitor
 from ckptfs.migration.capabilities import CAPABILITIES, MigrationCapabilities, parse_state
 from ckptfs.migration.capture import CaptureOptions, Way
@@ -132,8 +131,8 @@ def _refuse(name: str) -> _Setter:
         if name == "offset":
             raise CommandError(f"mount(8) keeps it for loop devices: say image_offset={value or 'SIZE'}")
         known = [key.replace("-", "_") for key in (*_SETTERS, *PARAMETERS, *CAPABILITIES)]
-        likely = get_close_matches(name, known, 1)
-        raise CommandError("no such option" + (f" (did you mean {likely[0]}?)" if likely else ""))
+        found = likely(name, known)
+        raise CommandError("no such option" + (f" (did you mean {found}?)" if found else ""))
 
     return apply
 
