@@ -292,6 +292,7 @@ COMMANDS = (
                 metavar="ID[,ID...]",
                 help="the RAM blocks in the order of the machine's NUMA nodes; needed if they differ in size",
             ),
+            OFFSET,
         ),
         "ckptfs.cli.qemu_args:run",
     ),

@@ -35,7 +35,12 @@ def _arguments(arguments: argparse.Namespace) -> list[str]:
     if not os.path.isdir(arguments.directory) and not is_dead_mount(arguments.directory):
         from ckptfs.cli.run import run_qemu_args  # with numpy, which a mount's arguments do without
 
-        return run_qemu_args(arguments.directory, 0)
+        if arguments.share == "on" or arguments.nodes:
+            raise CommandError(
+                f"{arguments.directory}: is a file, mapped privately: --share on and --nodes are for mounts"
+            )
+        _refuse_splitting(os.path.abspath(arguments.directory), "rename it, or start it with `ckptfs run`")
+        return run_qemu_args(arguments.directory, arguments.offset)
     nodes = arguments.nodes.split(",") if arguments.nodes else None
     return qemu_args(arguments.directory, arguments.share, nodes)
 
@@ -52,8 +57,7 @@ def qemu_args(directory: str, share: str | None, nodes: list[str] | None) -> lis
     """
     status = read_status(directory)
     path = os.path.abspath(directory)
-    if bad := next((character for character in _SPLITTING if character in path), None):
-        raise CommandError(f"{path}: has {bad!r} in it, which a shell would split; mount it elsewhere")
+    _refuse_splitting(path, "mount it elsewhere")
     if status["vmstate"] != "none" and status["written-pages"]:
         raise StateError(
             f"{directory}: pages have been written since the checkpoint, so no machine can start from it: "
@@ -78,6 +82,11 @@ def qemu_args(directory: str, share: str | None, nodes: list[str] | None) -> lis
     if status["vmstate"] != "none":
         arguments += ["-incoming", f"file:{path}/vmstate"]
     return arguments
+
+
+def _refuse_splitting(path: str, way_out: str) -> None:
+    if bad := next((character for character in _SPLITTING if character in path), None):
+        raise CommandError(f"{path}: has {bad!r} in it, which a shell would split; {way_out}")
 
 
 def _in_order(directory: str, status: dict[str, Any], nodes: list[str] | None) -> list[Block]:

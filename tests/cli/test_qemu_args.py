@@ -136,6 +136,20 @@ def test_a_path_that_a_shell_would_split(name: str, tmp_path: Path, mount: Mount
     assert "mount it elsewhere" in line
 
 
+def test_a_file(tmp_path: Path, run_ckptfs: RunCkptfs) -> None:
+    for name, offset in ("file", 0), ("behind", 0x3000), ("my vm", 0):
+        MigrationFile(stream_offset=offset).write(tmp_path / name)
+    plain, behind = (
+        run_ckptfs("qemu-args", tmp_path / name, "--offset", offset).stdout
+        for name, offset in (("file", "0"), ("behind", "12k"))
+    )
+    assert behind == plain.replace(f"{tmp_path}/file", f"{tmp_path}/behind")
+    for words in ("--share", "on"), ("--nodes", "pc.ram"):
+        assert "are for mounts" in run_ckptfs("qemu-args", tmp_path / "file", *words, code=2).stderr
+    assert run_ckptfs("qemu-args", tmp_path / "file", "--share", "off").stdout == plain
+    assert "which a shell would split; rename it" in run_ckptfs("qemu-args", tmp_path / "my vm", code=2).stderr
+
+
 def test_a_read_only_mount_has_clones_only(tmp_path: Path, mount: Mount, run_ckptfs: RunCkptfs) -> None:
     MigrationFile().write(tmp_path / "file")
     path = mount(tmp_path / "file", "ro").path
