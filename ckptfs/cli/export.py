@@ -11,12 +11,11 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
 from typing import Self
 
-import numpy as np
 import trio
 
+from ckptfs.api.memory import MountedMemory
 from ckptfs.api.status import Status, is_dead_mount, read_status
 from ckptfs.channels.backing_file import DirectIO
 from ckptfs.channels.descriptors import Descriptors
@@ -33,11 +32,9 @@ from ckptfs.guest.guest import Guest
 from ckptfs.guest.opening import open_checkpoint
 from ckptfs.guest.views import look
 from ckptfs.guest.vmstate import memory_on
-from ckptfs.mapped_ram.bitmap import PagesBitmap
 from ckptfs.migration.address import FileMigrationArgs, ObjectAddress, SeekableAddress, parse_target
 from ckptfs.migration.size import format_size
 from ckptfs.migration.store import StoreOptions
-from ckptfs.namespace.names import encode_name
 from ckptfs.physical.layouts import Extent, Layout, flat, lime_image
 from ckptfs.physical.memory_map import MemoryMap, Region, words_of
 
@@ -51,7 +48,6 @@ _INTERVAL = 0.2
 """Seconds between two looks at how far it has come."""
 
 _CHANNELS = 4
-_STATES_LENGTH = 1 << 20
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -153,17 +149,13 @@ class _MountedMemory:
         self._kind = kind
         self._status = status
         self.page_size: int = status["blocks"][0]["page-size"] if status["blocks"] else 1
-        self.with_data: dict[str, PagesBitmap] = {}
 
     def __enter__(self) -> Self:
         with contextlib.ExitStack() as undo:
-            map_fd = self._open("map", undo)
-            memory = MemoryMap.of_text(os.pread(map_fd, 1 << 20, 0).decode("utf-8", "surrogateescape"))
             self._phys = self._open("phys", undo)
-            self.layout = self._layout_of(memory, undo)
-            for region in memory.regions:
-                if region.idstr not in self.with_data:
-                    self.with_data[region.idstr] = self._pages_with_data(region.idstr)
+            mounted = undo.enter_context(MountedMemory(self._directory))
+            self.with_data = {idstr: block.with_data for idstr, block in mounted.blocks.items()}
+            self.layout = self._layout_of(mounted.physical.map, undo)
             self._undo = undo.pop_all()
         return self
 
@@ -218,20 +210,6 @@ class _MountedMemory:
             extents.append(Extent(position, region.length, region))
             position += region.length
         return Layout(tuple(extents), length)
-
-    def _pages_with_data(self, idstr: str) -> PagesBitmap:
-        """Those that pages/NAME does not call zero."""
-        path = os.path.join(os.fsencode(self._directory), b"pages", encode_name(idstr))
-        with open(path, "rb", buffering=0) as file:
-            bitmap = PagesBitmap(os.fstat(file.fileno()).st_size)
-            for page, states in _pieces_of(file.fileno(), bitmap.page_count):
-                bitmap.set_mask(page, np.frombuffer(states, np.uint8) != 0)
-        return bitmap
-
-
-def _pieces_of(fd: int, length: int) -> Iterator[tuple[int, bytes]]:
-    for position in range(0, length, _STATES_LENGTH):
-        yield position, os.pread(fd, min(_STATES_LENGTH, length - position), position)
 
 
 # ---- both --------------------------------------------------------------------------------------------

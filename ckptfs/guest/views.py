@@ -8,17 +8,14 @@ moment: registers belong to RAM as device state does, so once RAM was written no
 import errno
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from ckptfs.errors import CkptfsError, StateError
 from ckptfs.guest.base import Base
 from ckptfs.guest.guest import Guest
 from ckptfs.physical.layouts import Layout
-from ckptfs.physical.look import MAKERS, Look, Looker
+from ckptfs.physical.look import MAKERS, Looker, awaited
 
 _READ_LENGTH = 1 << 20
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -41,26 +38,10 @@ async def look(guest: Guest, backends: Collection[str], named: Sequence[str] = (
     looker = Looker(guest.base.checkpoint, _DeviceState(guest.base), backends, named)
     for name, make in MAKERS.items():
         try:
-            views.layouts[name] = await _driven(guest, make(looker))
+            views.layouts[name] = await awaited(make(looker), lambda place: _read_block(guest, *place))
         except (CkptfsError, OSError) as error:
             views.missing[name] = error
     return views
-
-
-async def _driven(guest: Guest, look: Look[T]) -> T:
-    """Give a look the bytes that it asks for, or the error that reading them is."""
-    try:
-        place = next(look)
-        while True:
-            try:
-                data = await _read_block(guest, *place)
-            except (CkptfsError, OSError) as error:
-                place = look.throw(error)
-            else:
-                place = look.send(data)
-    except StopIteration as end:
-        result: T = end.value
-        return result
 
 
 def refuse_written(guest: Guest, layout: Layout) -> None:

@@ -1,12 +1,12 @@
 """What can be shown of a checkpoint's memory: its map, its registers, a kernel's note, and files made of them.
 
 No I/O happens here. Whatever needs RAM is a generator: it yields the `Place` that it wants, is sent its bytes, and
-returns the result (`Look`). Who reads RAM lazily drives it with awaits, who has the file open with reads.
+returns the result (`Look`). Who reads RAM lazily has it `awaited`, who has the file open has it `seen`.
 
 What can't be made raises CheckpointError or CommandError, which says why.
 """
 
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Generator, Sequence
 from functools import cached_property
 from typing import Final, NamedTuple, TypeVar
 
@@ -49,13 +49,13 @@ class Place(NamedTuple):
 Look = Generator[Place, bytes, T]
 
 
-def seen(look: Look[T], read: Callable[[Place], bytes]) -> T:
-    """The result of a look, for whoever can read at once."""
+async def awaited(look: Look[T], read: Callable[[Place], Awaitable[bytes]]) -> T:
+    """The result of a look: ``read`` gives it the bytes that it asks for, or the error that reading them is."""
     try:
         place = next(look)
         while True:
             try:
-                data = read(place)
+                data = await read(place)
             except (CkptfsError, OSError) as error:
                 place = look.throw(error)
             else:
@@ -63,6 +63,20 @@ def seen(look: Look[T], read: Callable[[Place], bytes]) -> T:
     except StopIteration as end:
         result: T = end.value
         return result
+
+
+def seen(look: Look[T], read: Callable[[Place], bytes]) -> T:
+    """The same for whoever can read at once."""
+
+    async def read_at_once(place: Place) -> bytes:
+        return read(place)
+
+    try:
+        awaited(look, read_at_once).send(None)  # it ends there, as nothing that it awaits has to wait
+    except StopIteration as end:
+        result: T = end.value
+        return result
+    raise AssertionError
 
 
 class Looker:

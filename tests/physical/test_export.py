@@ -183,6 +183,7 @@ def test_what_is_refused(mount: Mount, tmp_path: Path) -> None:
     assert "on this mount" in refusal(mounted.path, mounted.path / "out", "raw")
     with (mounted.ram / "a").open("r+b") as ram:
         ram.write(b"changed")
+    mounted.expect_log(r"views/phys was refused to process \d+: pages have been written since the checkpoint")
     assert "written since the checkpoint" in refusal(mounted.path, tmp_path / "out", "raw")
     assert (tmp_path / "ckpt").read_bytes() == before
     assert sorted(path.name for path in tmp_path.glob("*out*")) == []
