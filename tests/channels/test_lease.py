@@ -1,5 +1,7 @@
 """The lease of a mount, on trio's mock clock: taken, kept, stolen, lost and given back."""
 
+import errno
+import fcntl
 import os
 import threading
 from collections.abc import Callable
@@ -233,6 +235,18 @@ def test_of_sixteen_that_write_at_once_one_has_it(path: Path) -> None:
 
     with ThreadPoolExecutor(16) as threads:
         assert sum(threads.map(write, range(16))) == 1
+
+
+def test_a_file_system_without_locks_has_no_leases(
+    place: Flaky, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(fd: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(StorageError, match=r"vm1.lock: can't be locked .*: mount without `exclusive`") as refused:
+        place.swap(place.look(), b"text")
+    assert refused.value.errno == errno.ENOLCK
 
 
 def test_what_is_no_lease_is_not_overwritten(place: Flaky, path: Path) -> None:
