@@ -15,6 +15,7 @@ from ckptfs import __version__
 from ckptfs.cli import ckptfs, mount
 from ckptfs.cli.commands import COMMANDS, Argument, Command
 from ckptfs.cli.roff import Page
+from ckptfs.fuse.daemon import EXIT_INTERRUPTED
 from ckptfs.guest.block import PageState
 from ckptfs.migration.capabilities import CAPABILITIES, Capability, format_state
 from ckptfs.migration.parameters import PARAMETERS, Parameter
@@ -36,6 +37,7 @@ MOUNT_EXITS = (
     (0, "It is mounted, and the mount answers."),
     (mount.EXIT_USAGE, "Wrong usage, or no permission."),
     (mount.EXIT_SYSTEM, "A system error."),
+    (EXIT_INTERRUPTED, "Interrupted while it waited: nothing is mounted, now or later."),
     (mount.EXIT_MOUNT, "It can't be mounted. One line on the standard error says why."),
 )
 

@@ -9,6 +9,7 @@ import ctypes
 import logging
 import os
 import resource
+import signal
 import sys
 import threading
 from collections.abc import Callable
@@ -18,6 +19,8 @@ log = logging.getLogger(__name__)
 
 EXIT_MOUNTED = 0
 EXIT_BY_FORCE = 2
+EXIT_INTERRUPTED = 8
+"""As of mount(8)."""
 _PR_SET_IO_FLUSHER = 57
 
 
@@ -75,7 +78,12 @@ def run_in_background(serve: Callable[[Starter], int]) -> int:
     child = os.fork()
     if child:
         os.close(pipe)
-        code = os.read(answer, 1)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            code = os.read(answer, 1)
+        except KeyboardInterrupt:  # who gives up waiting wants no mount later
+            os.kill(child, signal.SIGTERM)
+            return EXIT_INTERRUPTED
         if code:
             return code[0]
         os.waitpid(child, 0)

@@ -2,14 +2,17 @@
 
 import errno
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from ckptfs.namespace.lease import Holder
 from tests.doubles.migration_file import Block, MigrationFile
 from tests.mount.conftest import Mount
-from tests.mount.harness import run_mount
+from tests.mount.harness import BIN, DEADLINE, is_mounted, run_mount
 
 SHORT_TERM = str(Path(__file__).parents[1] / "doubles/lease_term.py")
 
@@ -76,6 +79,22 @@ def test_who_has_the_file_mounted_over_its_directory_renews_it_below(mount: Moun
     assert mounted.status()["lease"] == "held"
     mounted.umount()
     assert [path.name for path in directory.iterdir()] == ["vm1"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_gives_up_waiting_gets_no_mount_later(path: Path, tmp_path: Path, number: signal.Signals) -> None:
+    text = Holder("a", 7, "", "yesterday", "abc").text()
+    (tmp_path / "vm1.lock").write_bytes(text)
+    (tmp_path / "mnt").mkdir()
+    arguments = [BIN / "mount.ckptfs", path, tmp_path / "mnt", "-o", "exclusive"]
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE) as mounting:
+        assert mounting.stderr is not None
+        assert b"looking for up to 30 s" in mounting.stderr.readline()
+        mounting.send_signal(number)
+        assert mounting.stderr.read() == b""  # also the daemon's, which has ended
+        assert mounting.wait(DEADLINE) == 8
+    assert not is_mounted(tmp_path / "mnt")
+    assert (tmp_path / "vm1.lock").read_bytes() == text
 
 
 def test_what_has_no_place_beside_it_is_refused(tmp_path: Path) -> None:
