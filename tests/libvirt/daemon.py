@@ -25,7 +25,7 @@ from pathlib import Path
 from tests.mount.harness import enter_a_mount_namespace, unmount_by_force
 from tests.qemu.stepper import Stepper
 
-DEADLINE = 60.0
+DEADLINE = 180.0
 """Seconds for any one command."""
 
 PROGRAMS = ("qemu-system-x86_64", "gzip", "bzip2", "xz", "zstd", "mount", "sh", "sed", "ln", "cat")
