@@ -91,12 +91,22 @@ def test_the_howto_with_symbols(run: Run, tmp_path: Path) -> None:
     text = (ROOT / "docs" / "howto" / "memory.md").read_text()
     script = "".join(re.findall(r"^```(?:ba)?sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL))
     (tmp_path / "work" / "vmlinux").symlink_to(SYMBOLS)
-    (tmp_path / "work" / "tasks.py").symlink_to(EXAMPLES / "tasks.py")
+    for name in ("tasks.py", "symbols.py"):
+        (tmp_path / "work" / name).symlink_to(EXAMPLES / name)
     printed = run("exec 2>errors\n" + script)
     assert printed.count('"swapper/0') == 1
     assert len(re.findall(r"^1 +init", printed, re.MULTILINE)) == 3
 
 
-def test_volatility_finds_the_kernel(saved: SavedGuests, mount: Mount) -> None:
+def test_volatility_lists_tasks(saved: SavedGuests, mount: Mount, tmp_path: Path) -> None:
     core = mount(saved.told().path).path / "views" / "vmcore"
-    assert "Linux version" in output(BIN / "vol", "-q", "-f", core, "banners.Banners")
+    directories = [tmp_path / "symbols" / "linux", tmp_path / "cache"]
+    for directory in directories:
+        directory.mkdir(parents=True)
+    output(sys.executable, EXAMPLES / "symbols.py", SYMBOLS, directories[0] / "vmlinux.json")
+    places = ("--offline", "--cache-path", tmp_path / "cache", "-s", tmp_path / "symbols", "-f", core)
+    assert "Linux version" in output(BIN / "vol", "-q", *places, "banners.Banners")
+    tasks = output(BIN / "vol", "-q", *places, "linux.pslist.PsList")
+    assert re.search(r"\t1\t1\t0\tinit\t", tasks)
+    assert re.search(r"\t2\t2\t0\tkthreadd\t", tasks)
+    assert "\tqemu_fw_cfg\t" in output(BIN / "vol", "-q", *places, "linux.lsmod.Lsmod")
