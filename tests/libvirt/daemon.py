@@ -36,8 +36,9 @@ _DEV = """\
 cd /dev
 umount --recursive --lazy /dev
 mount -t tmpfs -o mode=755 dev /dev
-for node in null zero full random urandom tty fuse userfaultfd; do
-    test ! -e $node || cp --archive $node /dev
+cp --archive null zero full random urandom /dev
+sed -n 's/^ *\\([0-9]*\\) userfaultfd$/\\1/p' /proc/misc | while read minor; do
+    mknod --mode=600 /dev/userfaultfd c 10 $minor
 done
 mkdir /dev/pts /dev/shm
 mount -t devpts -o newinstance,ptmxmode=0666 devpts /dev/pts
