@@ -180,6 +180,7 @@ async def test_stolen_it_is_lost_for_good_and_can_be_stolen_back(
     await first.take(no_word)
     nursery.start_soon(first.keep)
     assert f"taken from process {os.getpid()} on host" in await second.steal(ME, -1)
+    assert (await second.steal(ME, -1)).endswith("vm1.lock: is held already")
     nursery.start_soon(second.keep)
     await trio.sleep(TERM)
     assert first.state is not None

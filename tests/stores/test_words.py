@@ -2,6 +2,8 @@
 
 import contextlib
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -13,7 +15,7 @@ import pytest
 from tests.cli.conftest import RunCkptfs
 from tests.mount.conftest import Mount
 from tests.mount.decode import PAGE
-from tests.mount.harness import mount_entry, run_mount
+from tests.mount.harness import DEADLINE, mount_entry, run_mount
 from tests.stores.relay import Relay
 from tests.stores.seaweed import Seaweed
 from tests.stores.test_reading import read_direct, small
@@ -70,6 +72,19 @@ def test_a_profile_has_the_keys_and_nobody_sees_them(
     seen = f"{entry} {(mounted.path / 'status').read_text()} {mounted.log.read_text()}"
     assert seaweed.secret_key not in seen
     assert seaweed.access_key not in seen
+
+
+def test_nothing_of_a_store_is_there_before_the_daemon_forks(tmp_path: Path) -> None:
+    """A fork after its first use would hang in the child."""
+    program = """
+import sys, threading
+from ckptfs.cli import mount
+mount.run_in_background = lambda serve: print({"obstore", "botocore"} & set(sys.modules), threading.active_count())
+mount.main()
+"""
+    arguments = ["-c", program, "s3://bucket/vm1", str(tmp_path), "-o", f"exclusive,cache={tmp_path}/cache"]
+    result = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, timeout=DEADLINE)
+    assert (result.stdout, result.stderr) == ("set() 1\n", "")
 
 
 def test_info_fetches_what_it_tells_and_no_pages(stored: str, relay: Relay, run_ckptfs: RunCkptfs) -> None:

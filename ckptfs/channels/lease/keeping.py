@@ -31,13 +31,18 @@ _LOOKS = 15
 _WAYS_OUT = "save elsewhere (`save /PATH`), or take it back (`lock steal`)"
 
 
+def _boot_time() -> float:
+    """Seconds of a clock that goes on while this host sleeps, as those of others do."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 class Lease:
     """The lease of one mount, wanted or not.
 
     State belongs to trio's thread, and to the calls in the lane: there is one at a time.
     """
 
-    def __init__(self, find_place: Callable[[int], LockPlace], clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, find_place: Callable[[int], LockPlace], clock: Callable[[], float] = _boot_time) -> None:
         """``find_place``: opens the place where it is kept, but never on the device that it is given (blocking)."""
         self._find_place = find_place
         self._clock = clock
@@ -104,6 +109,8 @@ class Lease:
         Raises StorageError (EACCES) for a stranger; CommandError, OSError.
         """
         identity.refuse_stranger("lock steal", "take its lease")
+        if self.state == "held":
+            return f"{self._name}: is held already"
         place = self._place
         if place is None:
             place = self._place = await self._ask(partial(self._find_place, device))
