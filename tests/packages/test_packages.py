@@ -103,6 +103,10 @@ done
 bash -c '. {prefix}/share/bash-completion/completions/ckptfs; complete -p ckptfs'
 
 {prefix}/bin/qmp-shell --help | grep -F qmp_server
+mount -t tmpfs none /etc/libvirt
+eval "$(grep '^install -D ' docs/howto/libvirt.md | sed 's|/usr/local|'{prefix}'|')"
+/etc/libvirt/hooks/qemu.d/ckptfs vm prepare begin - </dev/null
+umount /etc/libvirt
 mount -t ckptfs {checkpoint} {directory} -o prefetch=on,multifd_channels=3
 findmnt -n -o FSTYPE,OPTIONS {directory} | grep '^fuse.ckptfs .*nosuid,nodev'
 test "$(head -c 5 {directory}/ram/pc.ram)" = first
@@ -128,7 +132,7 @@ for umount in umount 'umount -c' '{prefix}/bin/ckptfs umount -q'; do         # -
 done
 mount -t ckptfs {storage}/vm {directory} -o ram=pc.ram:4M
 printf written 1<>{directory}/ram/pc.ram
-umount {directory} 2>&1 | grep -F '1 written page (0.0 MiB) not saved'
+umount {directory} 2>&1 | grep -F '1 written page (4 KiB) not saved'
 umount {storage}
 ! grep -s {directory} /run/mount/utab
 
