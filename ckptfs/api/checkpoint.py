@@ -29,7 +29,7 @@ from ckptfs.mapped_ram.bitmap import PagesBitmap
 from ckptfs.mapped_ram.ramblock import RAMBlock
 from ckptfs.mapped_ram.sections import Section
 from ckptfs.physical.devices import DeviceState, read_device
-from ckptfs.physical.look import Looker, seen
+from ckptfs.physical.look import Known, Looker, seen
 from ckptfs.physical.vmcoreinfo import text_of
 from ckptfs.qemu.memory import memory_of
 
@@ -40,8 +40,9 @@ class OpenCheckpoint:
     def __init__(self, opened: Opened, named: Sequence[str] = ()) -> None:
         self._opened = opened
         self._checkpoint = opened.checkpoint
-        main = memory_of([block.idstr for block in self._checkpoint.blocks]).main
-        self._looker = Looker(self._checkpoint, FileSource(opened.fd), main, named)
+        memory = memory_of([block.idstr for block in self._checkpoint.blocks])
+        known = Known(memory.main, memory.plugged, opened.trailer, named)
+        self._looker = Looker(self._checkpoint, FileSource(opened.fd), known)
         self.path = opened.path
         """The file, as it was named."""
         self.blocks = {

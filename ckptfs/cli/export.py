@@ -117,7 +117,7 @@ async def _export_file(address: SeekableAddress, out: str, arguments: argparse.N
 
 async def _layout_of(guest: Guest, arguments: argparse.Namespace) -> Layout:
     name = _VIEWS[arguments.format]
-    views = await look(guest, memory_on(guest, ()).main, arguments.map)
+    views = await look(guest, memory_on(guest, ()), arguments.map)
     if name not in views.layouts:
         problem = words_of(views.missing[name], "--map ")
         raise StateError(f"{arguments.path}: {arguments.format} can't be made of it: {problem}", errno.ENODATA)

@@ -30,7 +30,7 @@ class ViewFiles:
         base = self._guest.base
         if base is self._base:
             return
-        views = await look(self._guest, memory_on(self._guest, self._backends).main, self._named)
+        views = await look(self._guest, memory_on(self._guest, self._backends), self._named)
         if base is self._guest.base and base is not self._base:  # nobody else has looked, and it is still the same
             self._views, self._base = views, base
             self.generation += 1

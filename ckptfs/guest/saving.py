@@ -41,7 +41,8 @@ from ckptfs.migration.address import FileMigrationArgs, SeekableAddress
 from ckptfs.migration.capture import Way
 from ckptfs.migration.ratelimit import RateLimit
 from ckptfs.migration.status import MigrationStatus
-from ckptfs.qemu.backends import check_backends, has_ram_on
+from ckptfs.physical.plugged import entry_of
+from ckptfs.qemu.backends import check_backends, has_ram_on, memory_devices
 from ckptfs.qemu.capture.arriving import arriving
 from ckptfs.qemu.capture.mounted import capture
 from ckptfs.qemu.origin import saved_machine
@@ -383,6 +384,8 @@ async def _trailer_of_machine(guest: Guest, monitor: "Monitor") -> Trailer:
     identity = guest.machines.bound.identity
     saved = await trio.to_thread.run_sync(saved_machine, monitor.pid, monitor.version, identity)
     known = [entry.entry() for entry in (saved, monitor.domain) if entry is not None]
+    if (plugged := entry_of(await memory_devices(monitor))) is not None:
+        known.append(plugged)
     return reduce(Trailer.with_entry, known, trailer)
 
 

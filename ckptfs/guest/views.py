@@ -6,14 +6,15 @@ moment: registers belong to RAM as device state does, so once RAM was written no
 """
 
 import errno
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ckptfs.errors import CkptfsError, StateError
 from ckptfs.guest.base import Base
 from ckptfs.guest.guest import Guest
 from ckptfs.physical.layouts import Layout
-from ckptfs.physical.look import MAKERS, Looker, awaited
+from ckptfs.physical.look import MAKERS, Known, Looker, awaited
+from ckptfs.qemu.memory import MachineMemory
 
 _READ_LENGTH = 1 << 20
 
@@ -26,16 +27,17 @@ class Views:
     missing: dict[str, CkptfsError | OSError] = field(default_factory=dict)
 
 
-async def look(guest: Guest, backends: Collection[str], named: Sequence[str] = ()) -> Views:
+async def look(guest: Guest, memory: MachineMemory, named: Sequence[str] = ()) -> Views:
     """Find out what can be shown of the guest's base.
 
-    ``backends`` are the idstrs of its main memory, ``named`` is the user's memory map (`parse_map`). Reads a few
+    ``memory`` is what its blocks are to a machine, ``named`` is the user's memory map (`parse_map`). Reads a few
     pages of RAM: the firmware's tables, and a kernel's note and page tables.
     """
     views = Views()
     if guest.base is None:
         return views
-    looker = Looker(guest.base.checkpoint, _DeviceState(guest.base), backends, named)
+    known = Known(memory.main, memory.plugged, guest.base.trailer, named)
+    looker = Looker(guest.base.checkpoint, _DeviceState(guest.base), known)
     for name, make in MAKERS.items():
         try:
             views.layouts[name] = await awaited(make(looker), lambda place: _read_block(guest, *place))

@@ -7,6 +7,7 @@ What can't be made raises CheckpointError or CommandError, which says why.
 """
 
 from collections.abc import Awaitable, Callable, Collection, Generator, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, NamedTuple, TypeVar
 
@@ -15,6 +16,7 @@ from ckptfs.mapped_ram.checkpoint import Checkpoint
 from ckptfs.mapped_ram.ramblock import RAMBlock
 from ckptfs.mapped_ram.sections import Section
 from ckptfs.mapped_ram.stream import Source
+from ckptfs.mapped_ram.trailer import Trailer
 from ckptfs.physical import acpi, layouts
 from ckptfs.physical.devices import DeviceState, read_device
 from ckptfs.physical.elf_core import EM_X86_64, LoadedRange, build, machine_notes, physical_ranges
@@ -27,8 +29,10 @@ from ckptfs.physical.memory_map import (
     fixed_start,
     parse_map,
     pc_map,
+    with_plugged,
 )
 from ckptfs.physical.page_tables import TABLE_LENGTH, kernel_ranges
+from ckptfs.physical.plugged import plugged_in
 from ckptfs.physical.registers import Registers
 from ckptfs.physical.vmcoreinfo import check_note, kernel_offset, place_of, text_of
 
@@ -79,20 +83,27 @@ def seen(look: Look[T], read: Callable[[Place], bytes]) -> T:
     raise AssertionError
 
 
-class Looker:
-    """Looks at one checkpoint.
+@dataclass(frozen=True)
+class Known:
+    """What is known of a checkpoint's memory beside its RAM and sections.
 
-    ``source`` has the payloads of its sections, ``main`` are the idstrs of its main memory, ``named`` is the user's
-    memory map (`parse_map`), which goes before all that the checkpoint tells.
+    ``main`` are the idstrs of its main memory, ``plugged`` those of blocks of memory devices; where those lie,
+    ``trailer`` may tell (`plugged_in`). ``named`` is the user's map (`parse_map`), and goes before all else.
     """
 
-    def __init__(
-        self, checkpoint: Checkpoint, source: Source, main: Collection[str], named: Sequence[str] = ()
-    ) -> None:
+    main: Collection[str]
+    plugged: Collection[str]
+    trailer: Trailer
+    named: Sequence[str] = ()
+
+
+class Looker:
+    """Looks at one checkpoint. ``source`` has the payloads of its sections."""
+
+    def __init__(self, checkpoint: Checkpoint, source: Source, known: Known) -> None:
         self._checkpoint: Final = checkpoint
         self._source: Final = source
-        self._main: Final = main
-        self._named: Final = named
+        self._known: Final = known
         self._memory: MemoryMap | None = None
 
     # ---- files made of memory ----------------------------------------------------------------------
@@ -145,11 +156,15 @@ class Looker:
         return self._memory
 
     def _find_memory_map(self) -> Look[MemoryMap]:
-        if self._named:
-            return parse_map(self._named, {idstr: block.used_length for idstr, block in self._blocks.items()})
-        main = yield from self._in_node_order(
-            [block for block in self._blocks.values() if block.idstr in self._main]
-        )
+        lengths = {idstr: block.used_length for idstr, block in self._blocks.items()}
+        if self._known.named:
+            return parse_map(self._known.named, lengths)
+        plugged = plugged_in(self._known.trailer, lengths)
+        memory = yield from self._main_memory(set(self._known.main) - {region.idstr for region in plugged})
+        return with_plugged(memory, plugged, self._known.plugged)
+
+    def _main_memory(self, idstrs: Collection[str]) -> Look[MemoryMap]:
+        main = yield from self._in_node_order([block for block in self._blocks.values() if block.idstr in idstrs])
         if not main:
             raise UnknownMapError("no RAM block is known to be main memory")
         if (clock := self.device("mc146818rtc")) is not None:

@@ -9,7 +9,7 @@ What the user knows better comes first, as ``ID@ADDRESS[+LENGTH][:OFFSET]``.
 import re
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -57,6 +57,8 @@ class MemoryMap:
 
     regions: tuple[Region, ...]
     source: str
+    left_out: tuple[str, ...] = ()
+    """The blocks (idstrs) that are memory, too, but of which nothing tells the address."""
 
     @property
     def stop(self) -> int:
@@ -89,9 +91,11 @@ class MemoryMap:
 
         Raises CheckpointError for a block whose name is no part of a line.
         """
-        if strange := [region.idstr for region in self.regions if "\n" in region.idstr]:
+        names = *self.left_out, *(region.idstr for region in self.regions)
+        if strange := [idstr for idstr in names if "\n" in idstr]:
             raise CheckpointError(f"the name of RAM block {strange[0]!r} can't be in a line")
         lines = [f"# known from {self.source}"]
+        lines += [f"# left out, as nothing tells its address: {idstr}" for idstr in self.left_out]
         lines += [
             f"{region.start:#x} {region.length:#x} {region.idstr} {region.block_offset:#x}"
             for region in self.regions
@@ -134,6 +138,16 @@ def parse_map(entries: Sequence[str], lengths: Mapping[str, int]) -> MemoryMap:
             raise CommandError(f"map: {entry!r} is outside of the block, which has {lengths[idstr]:#x} bytes")
         regions.append(Region(address, length, idstr, offset))
     return _checked(regions, "map=", CommandError)
+
+
+def with_plugged(memory: MemoryMap, plugged: Sequence[Region], others: Collection[str]) -> MemoryMap:
+    """The same with memory devices; of ``others``, the blocks (idstrs) that may be theirs, some may be left out.
+
+    Raises CheckpointError where one would be at the place of another block.
+    """
+    left_out = tuple(idstr for idstr in others if all(region.idstr != idstr for region in plugged))
+    source = memory.source + (", memory devices from the machine's monitor" if plugged else "")
+    return replace(_checked([*memory.regions, *plugged], source, CheckpointError), left_out=left_out)
 
 
 def pc_map(cmos: bytes, main: Sequence[RAMBlock], has_vga: bool, bios: RAMBlock | None) -> MemoryMap:

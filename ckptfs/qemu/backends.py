@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -104,6 +104,15 @@ async def _named_blocks(monitor: "Monitor") -> set[str]:
     text: str = await monitor.execute("human-monitor-command", command_line="info ramblock")
     matches = (_RAM_BLOCK_LINE.match(line) for line in text.splitlines())
     return {match[1] for match in matches if match}
+
+
+async def memory_devices(monitor: "Monitor") -> list[dict[str, Any]]:
+    """What the machine has of DIMMs and the like (QMP query-memory-devices); nothing where QEMU does not tell."""
+    try:
+        devices: list[dict[str, Any]] = await monitor.execute("query-memory-devices")
+    except QemuError:
+        return []
+    return devices
 
 
 def _identify(path: str) -> tuple[int, int]:
