@@ -254,6 +254,7 @@ def test_a_mount_waits_for_a_save_to_its_file(
     slow: Mounted, storage: Path, mount_point: Path, tmp_path: Path
 ) -> None:
     ram = (slow.ram / "pc.ram").read_bytes()
+    slow.ctl(f"migrate_set_parameter max-bandwidth {LENGTH // 8}B")  # time for a program to start in
     slow.ctl("save nowait")
     wait_until_active(slow)
     subprocess.run(["umount", slow.path], check=True)

@@ -1,5 +1,6 @@
 """A mount whose storage falls silent: a FUSE file system below the checkpoint that is stopped by a signal."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -48,7 +49,9 @@ class Bindfs:
             assert self.process.poll() is None, self.process.communicate()
 
     def stop(self) -> None:
+        """Returns when it stands still: nobody can give up a request that that it has taken."""
         self.process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED)
 
     def go_on(self) -> None:
         self.process.send_signal(signal.SIGCONT)

@@ -4,6 +4,7 @@ It calls nobody (-master.telemetry=false), and nobody but this host reaches it (
 """
 
 import json
+import os
 import secrets
 import signal
 import socket
@@ -130,7 +131,10 @@ class Seaweed:
         return [found["Key"] for found in self.client.list_multipart_uploads(Bucket=bucket).get("Uploads", [])]
 
     def signal(self, number: signal.Signals) -> None:
+        """Send it a signal; it stands still when this returns, if that is SIGSTOP."""
         self._process.send_signal(number)
+        if number == signal.SIGSTOP:
+            os.waitid(os.P_PID, self._process.pid, os.WSTOPPED)
 
     def kill(self) -> None:
         self._process.kill()
