@@ -79,10 +79,18 @@ class Seaweed:
                 stderr=log,
                 cwd=self.directory,
             )
+        try:
+            self._wait_until_it_takes_objects()
+        except BaseException:
+            self.kill()
+            raise
+
+    def _wait_until_it_takes_objects(self) -> None:
         end = time.monotonic() + DEADLINE
         while not self._takes_objects():
-            assert self._process.poll() is None, (self.directory / "log").read_text()[-4000:]
-            assert time.monotonic() < end, "SeaweedFS takes no objects"
+            words = (self.directory / "log").read_text()[-4000:]
+            assert self._process.poll() is None, words
+            assert time.monotonic() < end, f"SeaweedFS takes no objects:\n{words}"
             time.sleep(0.05)
 
     def _takes_objects(self) -> bool:
