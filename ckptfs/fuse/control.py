@@ -130,6 +130,7 @@ class Control:
             describe_address(request.address),
             milliseconds(self._guest.migrations.newest.downtime),
         )
+        self.look_at_views()
         problem = self._sharing.problem
         with trio.move_on_after(
             LOOKING_DEADLINE, shield=True
@@ -181,7 +182,17 @@ class Control:
             guest.page_cache.device,
         )
         guest.fill(await Lane().ask(opening, undo=Base.close))
+        self.look_at_views()
         return f"ok incoming from {describe_address(source)}"
+
+    def look_at_views(self) -> None:
+        """Begin to find out what can be shown of the checkpoint, so that status tells of this one."""
+        if self._views is not None:
+            self.start_soon(partial(self._look_at, self._views))
+
+    async def _look_at(self, views: ViewFiles) -> None:
+        await views.refresh()
+        self._changes.note()
 
     async def _cancel(self, command: ctl.Cancel, identity: Identity) -> str:
         if self._prefetches and not self._guest.migrations.running:

@@ -72,8 +72,8 @@ class Mount:
         self._events = EventLog()
         self._nursery: trio.Nursery
         self._in_utab = False
-        self._views = ViewFiles(guest, options.backends, options.map) if options.views else None
-        nodes = Nodes(guest, owner, options.umask, self._views, self._events)
+        views = ViewFiles(guest, options.backends, options.map) if options.views else None
+        nodes = Nodes(guest, owner, options.umask, views, self._events)
         self._ram_files = RAMFiles(nodes, mountpoint)
         self._page_cache = page_cache = KernelPageCache(self._ram_files)
         origin = Origin(source, trio.current_time(), options.backends)
@@ -87,7 +87,7 @@ class Mount:
             self._changes,
             sharing,
             lease,
-            self._views,
+            views,
             journal,
             self._start_soon,
         )
@@ -100,7 +100,7 @@ class Mount:
             self._changes,
             self._events,
             sharing,
-            self._views,
+            views,
         )
         self._operations = Operations(nodes, opening)
         guest.migrations.watch(self._on_status)
@@ -142,8 +142,7 @@ class Mount:
         if refused := await trio.to_thread.run_sync(tune_backing_device, device):
             log.info("only root can tune the mount: %s left as it was", ", ".join(refused))
         self._in_utab = await trio.to_thread.run_sync(register, self._source, self._mountpoint)
-        if self._views is not None:
-            self._start_soon(self._views.refresh)  # so that status tells at once what can't be made
+        self._control.look_at_views()
         if self._guest.base is not None and self._options.prefetch != "off":
             (self._control.start_restore if self._options.prefetch == "on" else self._control.start_warming)()
         if missing := self._log.missing:

@@ -23,16 +23,17 @@ class ViewFiles:
         self._named = named
         self._views = Views()
         self._base: Base | None = None
+        self._was_written = False
         self.generation = 0
 
     async def refresh(self) -> None:
-        """Look at the checkpoint if it is another one than before."""
-        base = self._guest.base
-        if base is self._base:
+        """Look at the checkpoint if it is another one than before, or if RAM was written at the last look."""
+        base, generation = self._guest.base, self.generation
+        if base is self._base and (not self._was_written or self._guest.has_written):
             return
         views = await look(self._guest, memory_on(self._guest, self._backends), self._named)
-        if base is self._guest.base and base is not self._base:  # nobody else has looked, and it is still the same
-            self._views, self._base = views, base
+        if base is self._guest.base and generation == self.generation:  # nobody else has looked, and it is the same
+            self._views, self._base, self._was_written = views, base, self._guest.has_written
             self.generation += 1
 
     @property

@@ -149,6 +149,7 @@ def test_a_save_brings_files_of_its_own(linux: Mounted, tmp_path: Path) -> None:
         file.seek(64 << 20)
         file.write(b"changed".ljust(4096, b"!"))
     linux.ctl(f"save {tmp_path}/other")
+    linux.wait_for(lambda status: status["base"] == f"{tmp_path}/other" and "kcore" in str(status["views"]))
     after = core.read_bytes()
     assert after != before
     assert after[(1 << 20) + (64 << 20) :].startswith(b"changed!!")
