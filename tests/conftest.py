@@ -66,6 +66,18 @@ def nothing_stays_open(request: pytest.FixtureRequest) -> Iterator[None]:
         wait_until_open(before)
 
 
+# --- who reads --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def reads_by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have threads read, as where there is no io_uring: for tests that put faults into `os.preadv`.
+
+    What the kernel reads by itself is tested in tests/channels/test_ring.py, and by all tests of mounts.
+    """
+    monkeypatch.setattr("ckptfs.channels.channels.ring_of_this_run", lambda: None)
+
+
 # --- a warning or a traceback in the log fails the test ---------------------------------------------------
 
 

@@ -20,11 +20,13 @@ import os
 import queue
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import trio
 
 from ckptfs.channels.backing_file import BackingFile, DirectIO, pwritev_all
+from ckptfs.channels.ring import PlainRead, ring_of_this_run
 from ckptfs.errors import StorageError
 
 log = logging.getLogger(__name__)
@@ -56,8 +58,11 @@ class NoAnswerError(StorageError):
 class _Call:
     """A payload under way: who waits for it (nobody any more: None), and what came of it."""
 
-    def __init__(self, payload: Callable[["Channel"], Any], task: trio.lowlevel.Task) -> None:
+    def __init__(
+        self, payload: Callable[["Channel"], Any], plain: PlainRead | None, task: trio.lowlevel.Task
+    ) -> None:
         self.payload = payload
+        self.plain = plain
         self.task: trio.lowlevel.Task | None = task
         self.trio_token = trio.lowlevel.current_trio_token()
         self.result: Any = None
@@ -77,7 +82,29 @@ class Channel:
         self._thread: threading.Thread | None = None
 
     def start(self, call: _Call, returned: Callable[["Channel", _Call], None]) -> None:
-        """Have the thread perform a call, and ``returned`` called in trio's. RuntimeError if there is no thread."""
+        """Perform a call, and have ``returned`` called in trio's thread. RuntimeError if there is no thread.
+
+        The kernel does a plain read by itself; where it can't, our thread performs the payload.
+        """
+        plain = call.plain
+        if plain is not None and self._file.holds(plain.file_offset, len(plain.buffer)):
+            ring = ring_of_this_run()
+            if ring is not None:
+                ring.begin(self._fd, plain, partial(self._plain_ended, call, returned))
+                return
+        self._start_thread(call, returned)
+
+    def _plain_ended(self, call: _Call, returned: Callable[["Channel", _Call], None], count: int) -> None:
+        assert call.plain is not None
+        try:
+            if call.task is not None and count != len(call.plain.buffer):
+                self._start_thread(call, returned)
+                return
+        except RuntimeError as error:
+            call.errors.append(error)
+        returned(self, call)
+
+    def _start_thread(self, call: _Call, returned: Callable[["Channel", _Call], None]) -> None:
         if self._thread is None:
             thread = threading.Thread(target=self._perform_calls, name="ckptfs channel", daemon=True)
             thread.start()
@@ -158,18 +185,27 @@ class Channels:
         return cls(channels, deadline)
 
     async def carry(self, payload: Callable[[Channel], T], *, urgent: bool = False) -> T:
-        """Run ``payload`` on the next idle channel, in a worker thread, and return what it returns.
+        """Run ``payload`` on the next idle channel, in its thread, and return what it returns.
 
         Raises what the payload raises, and NoAnswerError (EIO) when the backing storage gives no answer
         before the deadline: the thread is then left to itself and its channel is out of service until it ends.
         The deadline counts from when the thread begins, or for all from when the storage fell silent; the line may
         take longer, as long as it moves.
         """
+        result: T = await self._carry(payload, None, urgent)
+        return result
+
+    async def fill(self, plain: PlainRead, payload: Callable[[Channel], T], *, urgent: bool = False) -> T | None:
+        """Have the kernel read without a thread, and return None; where it can't, do what `carry` does."""
+        result: T | None = await self._carry(payload, plain, urgent)
+        return result
+
+    async def _carry(self, payload: Callable[[Channel], Any], plain: PlainRead | None, urgent: bool) -> Any:
         channel = await self._next_idle(payload, urgent)
         # trio.fail_after says the same, and costs several times as much for every read
         with trio.CancelScope(deadline=trio.current_time() + self._patience) as wait:
             self._waits[channel] = wait
-            return await self._run(payload, channel)
+            return await self._run(payload, plain, channel)
         left_behind = self._waits.get(channel) is wait  # and not returned just now
         returned = self._left_behind.setdefault(channel, trio.Event()) if left_behind else None
         self._note_silence(channel)
@@ -178,7 +214,8 @@ class Channels:
     @property
     def silent(self) -> bool:
         """Whether all that is under way has waited for the whole deadline, and nothing was answered meanwhile."""
-        return self._silence_begins <= trio.current_time()
+        now = trio.current_time()
+        return self._answered + self._deadline <= now and self._silence_begins <= now
 
     @property
     def _silence_begins(self) -> float:
@@ -204,13 +241,13 @@ class Channels:
         for wait in self._waits.values():
             wait.cancel()
 
-    def hurry(self, payload: Callable[[Channel], object]) -> None:
+    def hurry(self, payload: object) -> None:
         """Make ``payload`` urgent, if it is still in the line: it keeps the place of its arrival."""
         for turn in self._line:
             turn.urgent |= turn.payload is payload
 
-    async def _run(self, payload: Callable[[Channel], T], channel: Channel) -> T:
-        call = _Call(payload, trio.lowlevel.current_task())
+    async def _run(self, payload: Callable[[Channel], Any], plain: PlainRead | None, channel: Channel) -> Any:
+        call = _Call(payload, plain, trio.lowlevel.current_task())
 
         def leave(raise_cancel: trio.lowlevel.RaiseCancelT) -> trio.lowlevel.Abort:
             call.task = None
@@ -226,8 +263,7 @@ class Channels:
         await trio.lowlevel.wait_task_rescheduled(leave)
         if call.errors:
             raise call.errors.pop()  # and keep it nowhere: its traceback has this frame
-        result: T = call.result
-        return result
+        return call.result
 
     def _returned(self, channel: Channel, call: _Call) -> None:
         """The storage has answered, in whatever way."""

@@ -9,6 +9,7 @@ import pyfuse3
 import trio
 
 from ckptfs.channels.lease.keeping import Lease
+from ckptfs.channels.ring import ring_of_this_run
 from ckptfs.fuse import connection
 from ckptfs.fuse.control import Control
 from ckptfs.fuse.daemon import Starter, end_by_force_after
@@ -136,6 +137,7 @@ class Mount:
 
     async def _set_up(self, starter: Starter) -> None:
         """What needs an answering mount: its device number, its tuning, its background work."""
+        ring_of_this_run()  # now, and not at the first read: what the daemon has open stays the same
         await self._operations.initialized.wait()
         device = (await trio.to_thread.run_sync(os.stat, self._mountpoint, abandon_on_cancel=True)).st_dev
         self._ram_files.device = device

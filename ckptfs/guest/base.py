@@ -20,6 +20,7 @@ from ckptfs.channels.buffers import BUFFER_LENGTH, AlignedBuffers
 from ckptfs.channels.channels import BACKING_DEADLINE, CLOSING_DEADLINE, Channel, Channels, NoAnswerError
 from ckptfs.channels.identity import Identity
 from ckptfs.channels.reflink import share
+from ckptfs.channels.ring import PlainRead
 from ckptfs.channels.working_set import ByteRange
 from ckptfs.errors import CheckpointError, CkptfsError, CommandError, StorageError
 from ckptfs.foreign.content import Content, read_content, read_header
@@ -73,7 +74,7 @@ class BaseOptions:
     verify: bool = False
 
 
-@dataclass
+@dataclass(slots=True)
 class _Fetch:
     """A read that is under way; readers of the same pages wait for it together.
 
@@ -82,8 +83,8 @@ class _Fetch:
 
     start: int
     stop: int
-    hurry: Callable[[], None] = lambda: None
-    """Put it before all that waits in the background."""
+    read: object = None
+    """What a channel carries for it."""
     ended: trio.Event = field(default_factory=trio.Event)
     data: memoryview | None = None
     bad: dict[int, str] = field(default_factory=dict)
@@ -257,7 +258,7 @@ class Base:
                 raise NoAnswerError(self.deadline)
         while (shared := self._under_way(idstr, start, stop)) is not None:
             if urgent:
-                shared.hurry()
+                self.blocks[idstr].pages.channels.hurry(shared.read)
             await shared.ended.wait()
             if shared.error is not None:
                 raise shared.error
@@ -299,20 +300,26 @@ class Base:
         return next((x for x in self._in_flight[idstr] if x.start <= start and stop <= x.stop), None)
 
     async def _read(self, fetch: _Fetch, idstr: str, page_size: int, urgent: bool) -> None:
-        read = partial(self._read_all, idstr, Run(fetch.start, fetch.stop), page_size)
-        channels = self.blocks[idstr].pages.channels
+        block, wanted = self.blocks[idstr], Run(fetch.start, fetch.stop)
+        runs = list(block.file_bmap.runs(*wanted))
+        buffer = self._buffer((wanted.stop - wanted.start) * page_size)
         # what is called knows nothing of `fetch`, which knows it: no cycle keeps the buffer
-        fetch.hurry = partial(channels.hurry, read)
-        fetch.data, fetch.bad = await channels.carry(read, urgent=urgent)
-        self._count(self.blocks[idstr].file_bmap.runs(fetch.start, fetch.stop), page_size)
+        read = fetch.read = partial(self._read_all, idstr, wanted, page_size, buffer)
+        channels = block.pages.channels
+        place = block.pages.place(wanted) if runs == [wanted] and self._verified is None else None
+        if place is None:
+            fetch.bad = await channels.carry(read, urgent=urgent)
+        else:
+            fetch.bad = await channels.fill(PlainRead(buffer, place), read, urgent=urgent) or {}
+        fetch.data = buffer
+        self._count(runs, page_size)
 
     def _read_all(
-        self, idstr: str, wanted: Run, page_size: int, channel: Channel
-    ) -> tuple[memoryview, dict[int, str]]:
-        """Read pages into a buffer, zeros where there are none; return it, and which are bad. Runs in a thread."""
+        self, idstr: str, wanted: Run, page_size: int, buffer: memoryview, channel: Channel
+    ) -> dict[int, str]:
+        """Read pages into a buffer, zeros where there are none; return which are bad. Runs in a thread."""
         start, stop = wanted
         block, verified = self.blocks[idstr], self._verified
-        buffer = self._buffer((stop - start) * page_size)
         bad: dict[int, str] = {}
         position = start
         for run in block.file_bmap.runs(start, stop):
@@ -324,7 +331,7 @@ class Base:
         if verified is not None:
             for wrong in verified.wrong(idstr, wanted, buffer, page_size):
                 bad.update(_wrong_pages(block.file_bmap, idstr, wrong, bad))
-        return buffer, bad
+        return bad
 
     def _count(self, runs: Iterable[Run], page_size: int) -> None:
         """Count reads of these pages."""
@@ -349,9 +356,11 @@ class Base:
                     raise BadPagesError(idstr, bad)
 
         def read_windows(channel: Channel) -> None:
-            buffer, bad = self._read_all(idstr, around, page_size, channel)
+            buffer = self._buffer((around.stop - around.start) * page_size)
             bad = {
-                page: reason for page, reason in bad.items() if any(start <= page < stop for start, stop in runs)
+                page: reason
+                for page, reason in self._read_all(idstr, around, page_size, buffer, channel).items()
+                if any(start <= page < stop for start, stop in runs)
             }
             if bad:
                 raise BadPagesError(idstr, bad)

@@ -100,6 +100,16 @@ class PageStack:
             yield segment
             start = segment.stop
 
+    def held(self, start: int, stop: int) -> list[tuple[Layer, int, int]]:
+        """Those of the segments of pages [start, stop) that layers have: layer, start, stop."""
+        if not any(layer.present.any(start, stop) for layer in self.layers):
+            return []
+        return [
+            (segment.source, segment.start, segment.stop)
+            for segment in self.segments(start, stop)
+            if isinstance(segment.source, Layer)
+        ]
+
     @property
     def changes(self) -> tuple[int, ...]:
         """Another value whenever a page may have become one with data, or lies elsewhere."""

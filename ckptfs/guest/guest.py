@@ -217,35 +217,29 @@ class Guest:
             return _ZEROS[:0]
         start = block_offset // self.page_size
         stop = -(-(block_offset + length) // self.page_size)
-        segment = block.stack.locate(start, stop)
         skip = block_offset - start * self.page_size
-        if segment.stop < stop or segment.source is Content.BASE:
-            return (await self._gather(block, start, stop))[skip : skip + length]
-        if segment.source is Content.ZERO:
-            return _ZEROS[:length]
-        return segment.source.view(start, stop)[skip : skip + length]
+        return (await self._gather(block, start, stop))[skip : skip + length]
 
     async def _gather(self, block: GuestBlock, start: int, stop: int) -> memoryview:
         """Return pages [start, stop) from wherever they are, as they are when this returns."""
         data: memoryview | None = None
         while data is None:
-            segments = list(block.stack.segments(start, stop))
-            if len(segments) == 1 and isinstance(segments[0].source, Layer):
-                return segments[0].source.view(start, stop)
-            if any(segment.source is Content.BASE for segment in segments):
+            segment = block.stack.locate(start, stop)
+            if segment.stop == stop and isinstance(segment.source, Layer):
+                return segment.source.view(start, stop)
+            if segment.stop == stop and segment.source is Content.ZERO:
+                return _ZEROS[: (stop - start) * self.page_size]
+            if any(segment.source is Content.BASE for segment in block.stack.segments(start, stop)):
                 data = await self._fetch(block, start, stop)
             else:
-                data = memoryview(bytes((stop - start) * self.page_size))
-        held = [
-            (segment.start - start, segment.source.view(segment.start, segment.stop))
-            for segment in block.stack.segments(start, stop)
-            if isinstance(segment.source, Layer)
-        ]
+                data = _ZEROS[: (stop - start) * self.page_size]
+        held = block.stack.held(start, stop)
         if not held:
             return data
         pages = memoryview(bytearray(data))  # `data` may be somebody else's as well
-        for page, view in held:
-            pages[page * self.page_size : page * self.page_size + len(view)] = view
+        for layer, first, last in held:
+            at = (first - start) * self.page_size
+            pages[at : at + (last - first) * self.page_size] = layer.view(first, last)
         return pages
 
     async def _fetch(self, block: GuestBlock, start: int, stop: int) -> memoryview | None:
@@ -265,8 +259,7 @@ class Guest:
             data = self._sound_data(block, error)
         if self.base is not base or block.stack.base is None:
             return None
-        for run in block.stack.base.file_bmap.runs(start, stop):
-            block.received.set(*run)
+        block.received.add(block.stack.base.file_bmap, start, stop)
         self.readers.note_served()
         return data
 

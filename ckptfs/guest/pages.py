@@ -22,6 +22,9 @@ class PageSource(Protocol):
         Raises StorageError or CheckpointError if the file has less than it listed, OSError.
         """
 
+    def place(self, run: Run) -> int | None:
+        """Where in the file the pages of ``run`` lie one after another; None if they do not."""
+
 
 @dataclass(frozen=True)
 class MappedPages:
@@ -33,7 +36,11 @@ class MappedPages:
 
     def read(self, channel: Channel, view: memoryview, run: Run) -> None:
         """One read for the whole run."""
-        channel.pread_exactly(view, self.pages_offset + run.start * self.page_size)
+        channel.pread_exactly(view, self.place(run))
+
+    def place(self, run: Run) -> int:
+        """They do."""
+        return self.pages_offset + run.start * self.page_size
 
 
 @dataclass(frozen=True)
@@ -48,3 +55,6 @@ class RecordedPages:
         """One read for each stretch of records."""
         pages = self.stream.read_pages(channel, self.idstr, run.start, run.stop)
         view[:] = pages.reshape(-1).data
+
+    def place(self, run: Run) -> None:
+        """Each has a record of its own."""

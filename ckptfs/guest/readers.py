@@ -1,7 +1,6 @@
 """How the readers of RAM fare: who waits for the storage, what could not be read, and when all was there."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from types import MappingProxyType
 
 import trio
@@ -40,14 +39,15 @@ class Readers:
         """The first `BAD_PAGES_KEPT` pages, by idstr and number, that somebody asked for in vain, and why."""
         return MappingProxyType(self._bad_pages)
 
-    @contextmanager
-    def wait(self) -> Iterator[None]:
-        """A read waits as long as this lasts."""
+    def wait(self) -> "Readers":
+        """A read waits as long as this lasts (a generator would cost several times as much for every read)."""
+        return self
+
+    def __enter__(self) -> None:
         self._waiting += 1
-        try:
-            yield
-        finally:
-            self._waiting -= 1
+
+    def __exit__(self, *error: object) -> None:
+        self._waiting -= 1
 
     def note_served(self) -> None:
         """A page of the base was served."""

@@ -96,6 +96,20 @@ class PagesBitmap:
         self._bytes[first + 1 : last] = 0xFF
         self._view[last] |= tail
 
+    def add(self, other: "PagesBitmap", start: int, stop: int) -> None:
+        """Set those of the pages ``start`` to ``stop`` that are set in ``other``, which has the same page_count."""
+        self._check(start, stop)
+        if start == stop:
+            return
+        self.changes += 1
+        first, head, last, tail = _bytes_of(start, stop)
+        if first == last:
+            self._view[first] |= other._view[first] & head & tail
+            return
+        self._view[first] |= other._view[first] & head
+        self._bytes[first + 1 : last] |= other._bytes[first + 1 : last]
+        self._view[last] |= other._view[last] & tail
+
     def clear(self, start: int, stop: int) -> None:
         """Clear the bits of pages ``start`` to ``stop``."""
         self._check(start, stop)
@@ -176,6 +190,8 @@ class PagesBitmap:
         self._check(page, stop)
         if page == stop:
             raise IndexError(f"no page in [{page}, {stop})")
+        if stop - page == 1:
+            return bool(self._view[page >> 3] >> (page & 7) & 1), stop
         byte_stop = (stop + 7) >> 3
         position = min((page >> 3) + 64, byte_stop)
         near = int.from_bytes(self._view[page >> 3 : position], "little") >> (page & 7)

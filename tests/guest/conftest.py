@@ -21,3 +21,8 @@ def directory(tmp_path: Path) -> Path:
     directory = tmp_path / "ckpt"
     directory.mkdir()
     return directory
+
+
+@pytest.fixture(autouse=True)
+def _faults_reach_all_reads(reads_by_threads: None) -> None:
+    """Threads read, and faults are put into what they call."""

@@ -89,6 +89,13 @@ def test_union_and_difference(a, b):
     assert pages_of(a[0].difference(b[0])) == a[1] - b[1]
 
 
+@given(bitmaps(), bitmaps(), ranges())
+def test_add(a, b, given_range):
+    start, stop = given_range
+    a[0].add(b[0], start, stop)
+    assert pages_of(a[0]) == a[1] | (b[1] & set(range(start, stop)))
+
+
 @given(bitmaps(), st.integers(0, 2 * PAGE_COUNT))
 def test_resized(given_bitmap, page_count):
     bitmap, pages = given_bitmap
