@@ -59,6 +59,7 @@ async def test_drgn_sees_a_guest_that_runs(guest_files: Guest, mount: Mount, tmp
         await trio.to_thread.run_sync(mounted.ctl, f"qmp {vm.qmp_path}")
         await trio.to_thread.run_sync(mounted.ctl, "save")
         await vm.tick()
+        mounted.expect_log("views/vmcore was refused to process")
         with pytest.raises(PermissionError):
             (mounted.path / "views" / "vmcore").open("rb")
         await trio.to_thread.run_sync(output, sys.executable, "-c", CLOCK, EXAMPLES, mounted.path, SYMBOLS)
