@@ -39,7 +39,7 @@ test-tools: ready
 	pytest tests/physical/symbols.py
 
 bench: ready
-	python -m tests.benchmarks
+	python -m tests.benchmarks --file-systems --plot docs/pictures/benchmarks.png $(if $(QUICK),--quick)
 
 # What is installed, as wheels for this machine's Python: all of it, so that `make install WHEELS=DIR` needs no network.
 wheels:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import trio
 
+from tests.benchmarks.machines import idle_pauses
 from tests.benchmarks.rows import MiB, Row, Samples
 from tests.benchmarks.setting import Mount, Setting, settle
 from tests.mount.decode import decode
@@ -26,10 +27,12 @@ def busy(setting: Setting) -> Iterator[Row]:
     """Saves of a busy guest in three ways, in turn."""
     quick = setting.rounds < Setting.rounds
     dirty = (64 if quick else 400) * MiB
-    yield from trio.run(_busy, setting, build_stepper(setting.directory, dirty), setting.rounds if quick else 20)
+    idle = trio.run(idle_pauses, setting, dirty + 112 * MiB)
+    stepper = build_stepper(setting.directory, dirty)
+    yield from trio.run(_busy, setting, stepper, setting.rounds if quick else 20, idle)
 
 
-async def _busy(setting: Setting, guest: Stepper, rounds: int) -> list[Row]:
+async def _busy(setting: Setting, guest: Stepper, rounds: int, idle: Samples) -> list[Row]:
     memory = guest.length + 16 * MiB
     size = f"{memory // MiB}M"
     snapshot: Samples = []
@@ -82,6 +85,7 @@ async def _busy(setting: Setting, guest: Stepper, rounds: int) -> list[Row]:
     return [
         Row(f"{what}: pause, RAM of its own, snapshot", "ms", snapshot, stock, STOCK_SAVE),
         Row(f"{what}: pause, RAM on a mount", "ms", mounted, stock, STOCK_SAVE),
+        Row(f"{what}: pause, RAM on a mount", "ms", mounted, idle, "the same with an idle guest", "<= 5.0"),
         Row(f"{what}: whole save, RAM of its own", "ms", [1000 * x for x in seconds], stock, STOCK_SAVE),
     ]
 

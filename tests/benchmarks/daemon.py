@@ -28,20 +28,20 @@ def memory(setting: Setting) -> Iterator[Row]:
     beyond |= {"during a save of that, at most": [], "after it": []}
     for _ in range(setting.rounds):
         with Mount(setting) as mount:
-            beyond["after mount"].append(_memory(mount.pid))
+            beyond["after mount"].append(memory_of(mount.pid))
             fio(mount.ram, "read", size=setting.size, block=MiB, direct=False)
-            beyond["after reading all"].append(_memory(mount.pid))
+            beyond["after reading all"].append(memory_of(mount.pid))
             fill(mount.ram, written)
-            beyond["after writing a quarter"].append(_memory(mount.pid) - written / MiB)
+            beyond["after writing a quarter"].append(memory_of(mount.pid) - written / MiB)
             with _watched(mount.pid) as seen:
                 mount.ctl("save")
             beyond["during a save of that, at most"].append(max(seen) - written / MiB)
-            beyond["after it"].append(_memory(mount.pid))
+            beyond["after it"].append(memory_of(mount.pid))
     for when, samples in beyond.items():
-        yield Row(f"daemon's memory beyond written pages, {when}", "MiB", samples, [], "")
+        yield Row(f"daemon's memory beyond written pages, {when}", "MiB", samples, [], "", "<= 60")
 
 
-def _memory(pid: int) -> float:
+def memory_of(pid: int) -> float:
     """MiB of a process's own memory: what it has mapped privately, and what lies in its memfds.
 
     A memfd's pages count in RssShmem only once they were touched through a mapping, hence the files themselves.
@@ -72,7 +72,7 @@ def _watched(pid: int) -> Iterator[Samples]:
 
     def watch() -> None:
         while True:
-            samples.append(_memory(pid))
+            samples.append(memory_of(pid))
             if ended.wait(SAMPLING):
                 return
 

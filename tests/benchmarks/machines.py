@@ -12,8 +12,9 @@ from pathlib import Path
 
 import trio
 
-from tests.benchmarks.rows import GiB, MiB, Row, Samples
-from tests.benchmarks.setting import Mount, Setting, drop_caches, fill, make_cold, settle
+from tests.benchmarks.daemon import memory_of
+from tests.benchmarks.rows import GiB, MiB, Row, Samples, TiB
+from tests.benchmarks.setting import Mount, Setting, drop_caches, fill, make_cold, settle, sparse_checkpoint
 from tests.mount.harness import BIN
 from tests.qemu.guest import Guest, build_guest
 from tests.qemu.machine import Qemu
@@ -37,9 +38,9 @@ async def _live(setting: Setting, memory: int) -> list[Row]:
     whole: Samples = []
     stock: Samples = []
     stock_file = setting.directory / "stock"
-    async with guest_on_mount(setting, guest, memory) as (mount, vm, monitor):
+    async with _guest_on_mount(setting, guest, memory) as (mount, vm, monitor):
         mount.ctl("save")
-        async with Qemu(guest, memory=mebibytes(memory), incoming="defer") as other:
+        async with Qemu(guest, memory=_mebibytes(memory), incoming="defer") as other:
             await other.load(setting.checkpoint, multifd=CHANNELS, direct_io=True)
             await other.stop()
 
@@ -68,16 +69,110 @@ async def _live(setting: Setting, memory: int) -> list[Row]:
                 await theirs()
                 await vm.cont()
     stock_ms = [seconds * 1000 for seconds in stock]
-    size = name_of(memory)
+    size = _name(memory)
     return [
         Row(f"guest pause of a live save, {size}, by status", "ms", reported, stock_ms, STOCK_SAVE),
         Row(f"guest pause of a live save, {size}, STOP to RESUME", "ms", seen, stock_ms, STOCK_SAVE),
-        Row(f"the whole live save, {size}", "s", whole, stock, STOCK_SAVE),
+        Row(f"the whole live save, {size}", "s", whole, stock, STOCK_SAVE, _whole_goal(setting, memory)),
+    ]
+
+
+def _whole_goal(setting: Setting, memory: int) -> str:
+    if memory != max(setting.guest_sizes):
+        return ""
+    return "<= 0.1" if setting.shares_extents else "<= 1.2"
+
+
+def stock(setting: Setting) -> Iterator[Row]:
+    """A save of RAM that was just filled, until it is durable: against stock QEMU's, and fdatasync."""
+    yield trio.run(_stock, setting)
+
+
+async def _stock(setting: Setting) -> Row:
+    guest = build_guest(setting.directory)
+    memory = max(setting.size, 256 * MiB)
+    file, theirs_file = setting.directory / "save", setting.directory / "stock"
+    ours: Samples = []
+    theirs: Samples = []
+    async with _guest_on_mount(setting, guest, memory) as (mount, *_):
+        mount.ctl("save")
+    async with Qemu(guest, memory=_mebibytes(memory), incoming="defer") as other:
+        await other.load(setting.checkpoint, multifd=CHANNELS, direct_io=True)
+        await other.stop()
+        setting.checkpoint.unlink()
+        for _ in range(setting.rounds):
+            settle(setting.directory)
+            with Mount(setting, f"ram=pc.ram:{memory}") as mount:
+                fill(mount.ram, memory)
+                ours.append(mount.ctl(f"save {file}"))
+            file.unlink()
+            settle(setting.directory)
+            started = time.perf_counter()
+            await other.migrate_to(theirs_file, multifd=CHANNELS, direct_io=True)
+            fd = os.open(theirs_file, os.O_RDONLY)
+            os.fdatasync(fd)
+            os.close(fd)
+            theirs.append(time.perf_counter() - started)
+            theirs_file.unlink()
+    what = "stock QEMU, multifd 4, direct-io, then fdatasync"
+    return Row(f"save, {_name(memory)}", "s", ours, theirs, what, "<= 1.0")
+
+
+def recorded(setting: Setting) -> Iterator[Row]:
+    """The first tick of a cold guest on a mount, with a recorded working set and without."""
+    yield trio.run(_recorded, setting)
+
+
+async def _recorded(setting: Setting) -> Row:
+    guest = build_guest(setting.directory)
+    memory = max(setting.guest_sizes)
+    async with _guest_on_mount(setting, guest, memory) as (mount, *_):
+        mount.ctl("save")
+    await _start_lazily(setting, guest, memory, _Starts(), recording=True)
+    with_it, without = _Starts(), _Starts()
+    for _ in range(setting.rounds):
+        make_cold(setting.checkpoint)
+        await _start_lazily(setting, guest, memory, with_it, "prefetch=recorded")
+        make_cold(setting.checkpoint)
+        await _start_lazily(setting, guest, memory, without)
+    what = f"first tick with a recorded working set, {_name(memory)}"
+    return Row(what, "s", with_it.tick, without.tick, "without", "<= 0.7")
+
+
+def sizes(setting: Setting) -> Iterator[Row]:
+    """Pause, save time, time to the first tick, and the daemon's memory, by the size of RAM: the plot."""
+    for memory in setting.plot_sizes:
+        yield from trio.run(_size, setting, memory)
+    sparse_checkpoint(setting.checkpoint, TiB, every_page=True)
+    with Mount(setting) as mount:
+        yield Row("by size: daemon's memory", "MiB", [memory_of(mount.pid)], [], "", "<= 60", TiB)
+        yield Row("by size: mount.ckptfs until it answers", "s", [mount.mounted_after], [], "", "", TiB)
+
+
+async def _size(setting: Setting, memory: int) -> list[Row]:
+    guest = build_guest(setting.directory)
+    async with _guest_on_mount(setting, guest, memory) as (mount, vm, _):
+        settle(setting.directory)
+        save = mount.ctl("save")
+        await vm.tick()
+        mount.ctl("save")
+        pause = float(mount.status()["downtime"]) / 1000
+    starts = _Starts()
+    make_cold(setting.checkpoint)
+    await _start_lazily(setting, guest, memory, starts)
+    with Mount(setting) as mount:
+        kept, mounted_after = memory_of(mount.pid), mount.mounted_after
+    return [
+        Row("by size: guest pause of a live save", "s", [pause], [], "", at=memory),
+        Row("by size: first save, until durable", "s", [save], [], "", at=memory),
+        Row("by size: first tick of a cold guest", "s", starts.tick, [], "", at=memory),
+        Row("by size: mount.ckptfs until it answers", "s", [mounted_after], [], "", at=memory),
+        Row("by size: daemon's memory", "MiB", [kept], [], "", "<= 60", memory),
     ]
 
 
 @asynccontextmanager
-async def guest_on_mount(setting: Setting, guest: Guest, memory: int) -> AsyncIterator[tuple[Mount, Qemu, Qmp]]:
+async def _guest_on_mount(setting: Setting, guest: Guest, memory: int) -> AsyncIterator[tuple[Mount, Qemu, Qmp]]:
     """A new guest that ticks, no page of its RAM zero; and a monitor that keeps its events whole."""
     setting.checkpoint.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="benchmark-") as sockets:
@@ -86,7 +181,7 @@ async def guest_on_mount(setting: Setting, guest: Guest, memory: int) -> AsyncIt
             guest,
             *_backend(setting, memory),
             "-qmp", f"unix:{path},server=on,wait=off",
-            memory=mebibytes(memory), machine="pc,memory-backend=pc.ram",
+            memory=_mebibytes(memory), machine="pc,memory-backend=pc.ram",
         )  # fmt: skip
         with Mount(setting, f"ram=pc.ram:{memory}", f"qmp={vm.qmp_path}") as mount:
             fill(mount.ram, memory)  # what the guest's kernel has no use for stays like this
@@ -95,6 +190,21 @@ async def guest_on_mount(setting: Setting, guest: Guest, memory: int) -> AsyncIt
                 await monitor.greet()
                 await vm.tick()
                 yield mount, vm, monitor
+
+
+async def idle_pauses(setting: Setting, memory: int) -> Samples:
+    """Milliseconds for which live saves pause a guest that does little."""
+    pauses = []
+    async with _guest_on_mount(setting, build_guest(setting.directory), memory) as (mount, vm, monitor):
+        for _ in range(setting.rounds):
+            settle(setting.directory)
+            await vm.tick()
+            await monitor.execute("query-status")
+            monitor.events.clear()
+            mount.ctl("save")
+            pauses.append(await _pause(monitor))
+    setting.checkpoint.unlink()
+    return pauses
 
 
 async def _pause(monitor: Qmp) -> float:
@@ -115,16 +225,16 @@ def running(setting: Setting) -> Iterator[Row]:
 
 async def _running(setting: Setting, memory: int) -> list[Row]:
     guest = build_guest(setting.directory)
-    async with guest_on_mount(setting, guest, memory) as (mount, *_):
+    async with _guest_on_mount(setting, guest, memory) as (mount, *_):
         mount.ctl("save")
-    size = name_of(memory)
+    size = _name(memory)
     all_of_it = [memory / MiB]
     rows = []
     for what, make_cold_for in _COLDNESS.items():
-        ours, theirs = Starts(), Starts()
+        ours, theirs = _Starts(), _Starts()
         for _ in range(setting.rounds):
             make_cold_for(setting)
-            await start_lazily(setting, guest, memory, ours)
+            await _start_lazily(setting, guest, memory, ours)
             make_cold_for(setting)
             await _start_stock(setting, guest, memory, theirs)
         rows += [
@@ -145,7 +255,7 @@ _COLDNESS: dict[str, Callable[[Setting], None]] = {
 
 
 @dataclass(frozen=True)
-class Starts:
+class _Starts:
     """Seconds from the beginning, and MiB of RAM read from the checkpoint by then."""
 
     running: Samples = field(default_factory=list)
@@ -154,17 +264,15 @@ class Starts:
     read_tick: Samples = field(default_factory=list)
 
 
-async def start_lazily(
-    setting: Setting, guest: Guest, memory: int, starts: Starts, spec: str | None = None
+async def _start_lazily(
+    setting: Setting, guest: Guest, memory: int, starts: _Starts, *options: str, recording: bool = False
 ) -> None:
-    """Mount the checkpoint, or ``spec``, and start QEMU on it; note when it ran, and when it ticked."""
     started = time.perf_counter()
-    of_store = spec is not None and "://" in spec
-    with Mount(setting, spec=spec) as mount:
+    with Mount(setting, *options) as mount:
         async with Qemu(
             guest,
             *_backend(setting, memory),
-            memory=mebibytes(memory),
+            memory=_mebibytes(memory),
             machine="pc,memory-backend=pc.ram",
             incoming=f"file:{mount.path}/vmstate",
         ) as vm:
@@ -173,7 +281,9 @@ async def start_lazily(
             starts.read_running.append(_mebibytes_read(mount))
             await vm.tick()
             starts.tick.append(time.perf_counter() - started)
-            starts.read_tick.append(_mebibytes_fetched(setting, mount) if of_store else _mebibytes_read(mount))
+            starts.read_tick.append(_mebibytes_read(mount))
+            if recording:
+                mount.ctl("record")
 
 
 def mapped(setting: Setting) -> Iterator[Row]:
@@ -184,17 +294,17 @@ def mapped(setting: Setting) -> Iterator[Row]:
 
 async def _mapped(setting: Setting, memory: int) -> list[Row]:
     guest = build_guest(setting.directory)
-    async with guest_on_mount(setting, guest, memory) as (mount, *_):
+    async with _guest_on_mount(setting, guest, memory) as (mount, *_):
         mount.ctl("save")
-    size = name_of(memory)
+    size = _name(memory)
     rows = []
     for what, make_cold_for in _COLDNESS.items():
-        run, mounted, stock = Starts(), Starts(), Starts()
+        run, mounted, stock = _Starts(), _Starts(), _Starts()
         for _ in range(setting.rounds):
             make_cold_for(setting)
             await _start_run(setting, guest, memory, run)
             make_cold_for(setting)
-            await start_lazily(setting, guest, memory, mounted)
+            await _start_lazily(setting, guest, memory, mounted)
             make_cold_for(setting)
             await _start_stock(setting, guest, memory, stock)
         rows += [
@@ -210,10 +320,10 @@ async def _mapped(setting: Setting, memory: int) -> list[Row]:
     return rows
 
 
-async def _start_run(setting: Setting, guest: Guest, memory: int, starts: Starts) -> None:
+async def _start_run(setting: Setting, guest: Guest, memory: int, starts: _Starts) -> None:
     started = time.perf_counter()
     program = (BIN / "ckptfs", "run", setting.checkpoint)
-    async with Qemu(guest, memory=mebibytes(memory), program=program) as vm:
+    async with Qemu(guest, memory=_mebibytes(memory), program=program) as vm:
         await vm.tick()
         starts.tick.append(time.perf_counter() - started)
 
@@ -233,7 +343,7 @@ def clones(setting: Setting) -> Iterator[Row]:
         many.append(seconds)
         pss.append(mebibytes)
         one.append(_run_clones(setting, memory, 1)[0])
-    size = name_of(memory)
+    size = _name(memory)
     yield Row(f"{COUNT} clones of {size} until all have ticked", "s", many, one, "one clone")
     yield Row(
         f"PSS of {COUNT} clones of {size}", "MiB", pss, [COUNT * memory / MiB], "all of the RAM that they have"
@@ -241,7 +351,7 @@ def clones(setting: Setting) -> Iterator[Row]:
 
 
 async def _checkpoint(setting: Setting, guest: Guest, memory: int) -> None:
-    async with guest_on_mount(setting, guest, memory) as (mount, *_):
+    async with _guest_on_mount(setting, guest, memory) as (mount, *_):
         mount.ctl("save")
 
 
@@ -252,7 +362,7 @@ def _run_clones(setting: Setting, memory: int, count: int) -> tuple[float, float
     with tempfile.TemporaryDirectory(prefix="benchmark-") as directory:
         command = [
             BIN / "ckptfs", "run", "--count", str(count), "--directory", directory, setting.checkpoint, "--",
-            "-accel", "tcg,thread=single", "-nodefaults", "-serial", "stdio", "-m", mebibytes(memory),
+            "-accel", "tcg,thread=single", "-nodefaults", "-serial", "stdio", "-m", _mebibytes(memory),
         ]  # fmt: skip
         with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
             try:
@@ -273,9 +383,9 @@ def _pss_of_children(pid: int) -> float:
     return sum(int(re.findall(r"^Pss: +(\d+)", rollup, re.MULTILINE)[0]) for rollup in rollups) / 1024
 
 
-async def _start_stock(setting: Setting, guest: Guest, memory: int, starts: Starts) -> None:
+async def _start_stock(setting: Setting, guest: Guest, memory: int, starts: _Starts) -> None:
     started = time.perf_counter()
-    async with Qemu(guest, memory=mebibytes(memory), incoming="defer") as vm:
+    async with Qemu(guest, memory=_mebibytes(memory), incoming="defer") as vm:
         await vm.load(setting.checkpoint, multifd=CHANNELS, direct_io=True)
         await _until_running(vm)
         starts.running.append(time.perf_counter() - started)
@@ -294,21 +404,14 @@ def _mebibytes_read(mount: Mount) -> float:
     return (int(status["read-pages"]) + int(status["written-pages"])) * 4096 / MiB
 
 
-def _mebibytes_fetched(setting: Setting, mount: Mount) -> float:
-    """What the daemon has fetched of an object: it lies in a file without a name, below TMPDIR."""
-    directory = str(setting.directory)
-    fetched = (fd for fd in Path(f"/proc/{mount.pid}/fd").iterdir() if "(deleted)" in os.readlink(fd))
-    return max(fd.stat().st_blocks * 512 / MiB for fd in fetched if os.readlink(fd).startswith(directory))
-
-
 def _backend(setting: Setting, memory: int) -> tuple[str, str]:
     path = setting.directory / "mnt" / "ram" / "pc.ram"
     return "-object", f"memory-backend-file,id=pc.ram,size={memory},mem-path={path},share=on"
 
 
-def mebibytes(memory: int) -> str:
+def _mebibytes(memory: int) -> str:
     return f"{memory // MiB}M"
 
 
-def name_of(memory: int) -> str:
+def _name(memory: int) -> str:
     return f"{memory // GiB} GiB" if memory % GiB == 0 else f"{memory // MiB} MiB"

@@ -22,7 +22,18 @@ class Setting:
     size: int = GiB
     """RAM of the benchmarks without a guest."""
     guest_sizes: tuple[int, ...] = (256 * MiB, GiB, 4 * GiB)
+    plot_sizes: tuple[int, ...] = (256 * MiB, 512 * MiB, GiB, 2 * GiB, 4 * GiB, 8 * GiB)
+    """RAM of the guests in the plot."""
     rounds: int = 5
+
+    @property
+    def shares_extents(self) -> bool:
+        """Whether files can share extents there."""
+        command = ["stat", "--file-system", "--format=%T", self.directory]
+        return subprocess.run(command, check=True, text=True, capture_output=True).stdout.strip() in (
+            "xfs",
+            "btrfs",
+        )
 
     @property
     def checkpoint(self) -> Path:

@@ -38,7 +38,7 @@ async def _store(setting: Setting, seaweed: Seaweed, memory: int) -> list[Row]:
     lazily, local, downloaded = Starts(), Starts(), Starts()
     for _ in range(setting.rounds):
         _make_cold(setting)
-        await start_lazily(setting, guest, memory, lazily, f"s3://{bucket}/vm1")
+        await start_lazily(setting, guest, memory, lazily, spec=f"s3://{bucket}/vm1")
         _make_cold(setting)
         await start_lazily(setting, guest, memory, local)
         _make_cold(setting)
@@ -61,7 +61,7 @@ async def _start_downloaded(
     path = setting.directory / "downloaded"
     _download(seaweed, bucket, path)
     took, mounted = time.perf_counter() - started, Starts()
-    await start_lazily(setting, guest, memory, mounted, str(path))
+    await start_lazily(setting, guest, memory, mounted, spec=str(path))
     starts.tick.append(took + mounted.tick[0])
     os.unlink(path)
 
