@@ -183,7 +183,10 @@ class _MountedMemory:
         try:
             fd = os.open(os.path.join(self._directory, "views", name), os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
-            why = self._status["views-missing"] or "it was mounted with views=off"
+            without = (
+                "it was mounted with views=off" if self._status["base"] else "there is no checkpoint yet: save it"
+            )
+            why = self._status["views-missing"] or without
             raise StateError(f"{self._directory}: has no views/{name}: {why}", errno.ENODATA) from None
         except PermissionError:
             raise self._written() from None

@@ -17,6 +17,7 @@ from ckptfs.migration.parameters import PARAMETERS, Kind, MigrationParameters
 from ckptfs.migration.size import SIZE_RULE, MiB, parse_size_of
 from ckptfs.migration.store import PART_SIZE_MAX, PART_SIZE_MIN, StoreOptions, parse_endpoint
 from ckptfs.namespace.names import encode_name
+from ckptfs.physical.memory_map import parse_entry
 
 
 @dataclass
@@ -195,13 +196,9 @@ def _several(attribute: str) -> _Setter:
     return apply
 
 
-def _append(attribute: str) -> _Setter:
-    """One more value each time."""
-
-    def apply(options: MountOptions, value: str | None) -> None:
-        getattr(options, attribute).append(_required(value))
-
-    return apply
+def _add_to_map(options: MountOptions, value: str | None) -> None:
+    parse_entry(_required(value))
+    options.map.append(_required(value))
 
 
 def _entry(attribute: str, parse: Callable[[str], tuple[object, object]]) -> _Setter:
@@ -387,7 +384,7 @@ OPTIONS = (
         "map",
         "ID@ADDRESS[+LENGTH][:OFFSET]",
         "Where a RAM block is in physical memory, for views/, as in map=dimm0@4G. Repeat it for more blocks.",
-        _append("map"),
+        _add_to_map,
     ),
     Option(
         "prefetch",

@@ -117,6 +117,15 @@ class MemoryMap:
         return cls(tuple(regions), text.partition("\n")[0].removeprefix("# known from "))
 
 
+def parse_entry(entry: str) -> tuple[str, int, int | None, int]:
+    """idstr, address, length and offset (bytes) of ``ID@ADDR[+LEN][:OFFSET]``; CommandError for anything else."""
+    match = _ENTRY.fullmatch(entry)
+    if match is None:
+        raise CommandError(f"map: {entry!r} is not ID@ADDRESS[+LENGTH][:OFFSET], as in pc.ram@0x100000000+1G:3G")
+    length = _number(entry, match["length"]) if match["length"] else None
+    return match["idstr"], _number(entry, match["address"]), length, _number(entry, match["offset"] or "0")
+
+
 def parse_map(entries: Sequence[str], lengths: Mapping[str, int]) -> MemoryMap:
     """The map that a user gave: ``ID@ADDR[+LEN][:OFFSET]`` each. Raises CommandError, naming the entry.
 
@@ -124,16 +133,10 @@ def parse_map(entries: Sequence[str], lengths: Mapping[str, int]) -> MemoryMap:
     """
     regions = []
     for entry in entries:
-        match = _ENTRY.fullmatch(entry)
-        if match is None:
-            raise CommandError(
-                f"map: {entry!r} is not ID@ADDRESS[+LENGTH][:OFFSET], as in pc.ram@0x100000000+1G:3G"
-            )
-        idstr = match["idstr"]
+        idstr, address, length, offset = parse_entry(entry)
         if idstr not in lengths:
             raise CommandError(f"map: there is no RAM block {idstr!r}")
-        address, offset = (_number(entry, match[name] or "0") for name in ("address", "offset"))
-        length = _number(entry, match["length"]) if match["length"] else lengths[idstr] - offset
+        length = lengths[idstr] - offset if length is None else length
         if length <= 0 or offset + length > lengths[idstr]:
             raise CommandError(f"map: {entry!r} is outside of the block, which has {lengths[idstr]:#x} bytes")
         regions.append(Region(address, length, idstr, offset))

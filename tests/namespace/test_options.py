@@ -179,6 +179,11 @@ def test_what_is_for_mount_is_ignored(text: str) -> None:
         ("rma=pc.ram:1G", "mount option 'rma=pc.ram:1G': no such option (did you mean ram?)"),
         ("fail", "mount option 'fail': no such option"),
         ("=x", "mount option '=x': no such option"),
+        (
+            "map=dimm0",
+            "mount option 'map=dimm0': map: 'dimm0' is not ID@ADDRESS[+LENGTH][:OFFSET], as in "
+            "pc.ram@0x100000000+1G:3G",
+        ),
     ],
 )
 def test_an_error_names_option_and_value(text: str, words: str) -> None:

@@ -177,6 +177,8 @@ def test_what_is_refused(mount: Mount, tmp_path: Path) -> None:
     assert "name a file" in refusal(tmp_path / "ckpt", "-", "mapped-ram")
     assert "No such file" in refusal(tmp_path / "nosuch", tmp_path / "out", "raw")
     assert "no guest's RAM" in refusal(tmp_path, tmp_path / "out", "raw")
+    fresh = mount(tmp_path / "new", "ram=pc.ram:1M")
+    assert "there is no checkpoint yet" in refusal(fresh.path, tmp_path / "out", "raw")
     mounted = mount(tmp_path / "ckpt", "map=a@0")
     assert "is what is mounted" in refusal(mounted.path, tmp_path / "ckpt", "raw")
     assert "is what is mounted" in refusal(mounted.path, tmp_path / "ckpt", "mapped-ram")
