@@ -9,6 +9,7 @@ import ctypes
 import logging
 import os
 import resource
+import select
 import signal
 import sys
 import threading
@@ -21,6 +22,7 @@ EXIT_MOUNTED = 0
 EXIT_BY_FORCE = 2
 EXIT_INTERRUPTED = 8
 """As of mount(8)."""
+_GIVING_UP = frozenset({signal.SIGINT, signal.SIGTERM})
 _PR_SET_IO_FLUSHER = 57
 
 
@@ -75,24 +77,39 @@ def run_in_background(serve: Callable[[Starter], int]) -> int:
     """Run ``serve`` in a daemon and return the exit code of mount.ckptfs once the mount is there, or is not."""
     _fill_standard_descriptors()
     answer, pipe = os.pipe()
+    former = signal.pthread_sigmask(signal.SIG_BLOCK, _GIVING_UP)
     child = os.fork()
     if child:
         os.close(pipe)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        try:
-            code = os.read(answer, 1)
-        except KeyboardInterrupt:  # who gives up waiting wants no mount later
+        if _gives_up_before(answer):  # who gives up waiting wants no mount later
             os.kill(child, signal.SIGTERM)
             return EXIT_INTERRUPTED
+        code = os.read(answer, 1)
         if code:
             return code[0]
         os.waitpid(child, 0)
         print("mount.ckptfs: the daemon died before it had mounted anything", file=sys.stderr)
         return 2
+    signal.pthread_sigmask(signal.SIG_SETMASK, former)
     os.close(answer)
     os.setsid()
     os.chdir("/")  # a working directory would pin its file system, or be our own mount
     os._exit(serve(Starter(pipe)))
+
+
+def _gives_up_before(answer: int) -> bool:
+    """Wait for an answer or a signal, which are blocked; whether it is a signal that comes.
+
+    A pipe tells of it: a signal right before a read would be seen only after that.
+    """
+    heard, tell = os.pipe()
+    os.set_blocking(tell, False)
+    signal.set_wakeup_fd(tell)
+    for number in _GIVING_UP:
+        signal.signal(number, lambda *_: None)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _GIVING_UP)
+    ready, _, _ = select.select([answer, heard], [], [])
+    return answer not in ready
 
 
 def _fill_standard_descriptors() -> None:
