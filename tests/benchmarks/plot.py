@@ -8,7 +8,7 @@ from tests.benchmarks.rows import GiB, Row
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Draw what has a size of RAM: seconds on the left, MiB on the right, both axes by powers."""
+    """Draw what has a size of RAM: seconds by powers on the left, MiB from 0 on the right."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -23,8 +23,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for (what, unit), line in points.items():
         axes[int(unit == "MiB")].plot(*zip(*sorted(line), strict=True), marker="o", label=what)
-    for axis, title in zip(axes, ("seconds", "MiB"), strict=True):
-        axis.set(xscale="log", yscale="log", xlabel="RAM in GiB", ylabel=title)
+    axes[0].set(yscale="log", ylabel="seconds")
+    axes[1].set(ylim=(0, None), ylabel="MiB")
+    for axis in axes:
+        axis.set(xscale="log", xlabel="RAM in GiB")
         axis.set_xticks([0.25, 1, 4, 16, 64, 256, 1024], ["0.25", "1", "4", "16", "64", "256", "1024"])
         axis.minorticks_off()
         axis.grid(visible=True, alpha=0.3)
