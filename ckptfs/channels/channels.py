@@ -90,8 +90,9 @@ class Channel:
         if plain is not None and self._file.holds(plain.file_offset, len(plain.buffer)):
             ring = ring_of_this_run()
             if ring is not None:
-                ring.begin(self._fd, plain, partial(self._plain_ended, call, returned))
-                return
+                with contextlib.suppress(OSError):  # the kernel has no memory for one more request
+                    ring.begin(self._fd, plain, partial(self._plain_ended, call, returned))
+                    return
         self._start_thread(call, returned)
 
     def _plain_ended(self, call: _Call, returned: Callable[["Channel", _Call], None], count: int) -> None:
@@ -215,6 +216,7 @@ class Channels:
     def silent(self) -> bool:
         """Whether all that is under way has waited for the whole deadline, and nothing was answered meanwhile."""
         now = trio.current_time()
+        # the first is a part of the second, and nearly always enough
         return self._answered + self._deadline <= now and self._silence_begins <= now
 
     @property

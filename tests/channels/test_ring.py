@@ -124,3 +124,17 @@ async def test_where_there_is_no_ring_threads_read(file: OpenedFile, monkeypatch
     plain = PlainRead(AlignedBuffers().take(PAGE), 0)
     assert await channels.fill(plain, lambda channel: "by a thread") == "by a thread"
     channels.close()
+
+
+async def test_where_the_kernel_takes_no_more_reads_threads_read(
+    file: OpenedFile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(Ring, "begin", refuse)
+    channels = Channels.open(file, DirectIO(False), 1)
+    buffer = AlignedBuffers().take(PAGE)
+    assert await channels.fill(PlainRead(buffer, PAGE), lambda channel: channel.pread_exactly(buffer, PAGE)) is None
+    assert bytes(buffer) == b"b" * PAGE
+    await channels.aclose()
